@@ -1,0 +1,224 @@
+"""Ids to batches: the completions of one prompt travel as one packed sequence.
+
+A packed row holds the prompt once and then each completion::
+
+    tokens     p0 p1 p2 | a0 a1 a2 | b0 b1
+    positions   0  1  2 |  3  4  5 |  3  4
+
+Position ids continue from the prompt for every completion, and a 4-D mask lets a completion see
+the prompt and itself only. An unmodified transformers decoder (rotary or learned positions) then
+gives each token the hidden state that it would have in a row of its own. The unpacked form, one
+row for each completion with right padding, carries the same fields, so that nothing downstream
+knows which of the two it reads.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Group(NamedTuple):
+    """One prompt and the completions to compute on it (a pair, or n samples)."""
+
+    prompt_ids: Sequence[int]
+    completions: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Token rows, and where in them each completion lies.
+
+    Shapes: row = token rows, completion = completions in all rows, in the order of the groups
+    handed in. Columns count along `seq`.
+    """
+
+    input_ids: Int[Tensor, "row seq"]
+    position_ids: Int[Tensor, "row seq"]
+    attention_mask: Float[Tensor, "row 1 seq seq"] | Int[Tensor, "row seq"]
+    rows: Int[Tensor, " completion"]  # the row that holds the completion
+    prompt_ends: Int[Tensor, " completion"]  # column of the prompt's last token
+    starts: Int[Tensor, " completion"]  # column of the completion's first token
+    lengths: Int[Tensor, " completion"]  # tokens in the completion
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def last(self) -> Int[Tensor, " completion"]:
+        """Column of each completion's last token: where a reward head reads."""
+        return self.starts + self.lengths - 1
+
+    @property
+    def mask(self) -> Bool[Tensor, "completion token"]:
+        """True at the tokens of each completion, right padded to the longest."""
+        offsets = torch.arange(int(self.lengths.max()), device=self.lengths.device)
+        return offsets[None, :] < self.lengths[:, None]
+
+    @property
+    def target_columns(self) -> Int[Tensor, "completion token"]:
+        """Column of each completion token (clamped to the last one beyond its end)."""
+        offsets = torch.arange(int(self.lengths.max()), device=self.lengths.device)
+        return torch.minimum(self.starts[:, None] + offsets[None, :], self.last[:, None])
+
+    @property
+    def predictor_columns(self) -> Int[Tensor, "completion token"]:
+        """Column whose hidden state predicts each token: the prompt's end for the first one."""
+        targets = self.target_columns
+        first = targets == self.starts[:, None]
+        return torch.where(first, self.prompt_ends[:, None], targets - 1)
+
+    @property
+    def targets(self) -> Int[Tensor, "completion token"]:
+        """The completions' own ids, right padded with repeats of the last one (see `mask`)."""
+        return self.input_ids[self.rows[:, None], self.target_columns]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedBatch":
+        """Move to a device; `dtype` is for the additive 4-D mask, which follows the model's."""
+        attention_mask = self.attention_mask.to(device)
+        if attention_mask.is_floating_point() and dtype is not None:
+            # float32's lowest value is -inf in float16, and -inf rows become NaN.
+            attention_mask = attention_mask.clamp_min(torch.finfo(dtype).min).to(dtype)
+        return PackedBatch(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            attention_mask=attention_mask,
+            rows=self.rows.to(device),
+            prompt_ends=self.prompt_ends.to(device),
+            starts=self.starts.to(device),
+            lengths=self.lengths.to(device),
+        )
+
+
+def shared_prefix_mask(
+    segments: Int[Tensor, "row seq"],
+) -> Float[Tensor, "row 1 seq seq"]:
+    """Return the additive mask of packed rows: 0 where a token may look, the lowest float elsewhere.
+
+    `segments` holds 0 at prompt tokens, 1, 2, ... at the completions' tokens and -1 at padding. A
+    token sees earlier tokens of the prompt and of its own segment. Padding sees itself, because a
+    row that sees nothing would be NaN.
+    """
+    seq = segments.shape[1]
+    causal = torch.ones(seq, seq, dtype=torch.bool, device=segments.device).tril()
+    query, key = segments[:, :, None], segments[:, None, :]
+    visible = causal & (key >= 0) & (query >= 0) & ((key == 0) | (key == query))
+    visible |= torch.eye(seq, dtype=torch.bool, device=segments.device)
+    mask = torch.zeros(visible.shape, dtype=torch.float32, device=segments.device)
+    return mask.masked_fill_(~visible, torch.finfo(torch.float32).min)[:, None]
+
+
+def pack(groups: Sequence[Group], *, pad_id: int) -> PackedBatch:
+    """Pack each group into one row: the prompt once, then each completion (right padded)."""
+    rows = [[*g.prompt_ids, *(t for c in g.completions for t in c)] for g in groups]
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), pad_id)
+    position_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    segments = torch.full((len(rows), width), -1)
+    where: list[tuple[int, int, int, int]] = []
+    for i, group in enumerate(groups):
+        size = len(group.prompt_ids)
+        input_ids[i, : len(rows[i])] = torch.tensor(rows[i])
+        position_ids[i, :size] = torch.arange(size)
+        segments[i, :size] = 0
+        column = size
+        for k, completion in enumerate(group.completions, start=1):
+            end = column + len(completion)
+            position_ids[i, column:end] = torch.arange(size, size + len(completion))
+            segments[i, column:end] = k
+            where.append((i, size - 1, column, len(completion)))
+            column = end
+    return _batch(input_ids, position_ids, shared_prefix_mask(segments), where)
+
+
+def pad(groups: Sequence[Group], *, pad_id: int) -> PackedBatch:
+    """Give each completion a row of its own, after its prompt, right padded (no sharing)."""
+    pairs = [(g.prompt_ids, c) for g in groups for c in g.completions]
+    width = max(len(p) + len(c) for p, c in pairs)
+    input_ids = torch.full((len(pairs), width), pad_id)
+    attention_mask = torch.zeros(len(pairs), width, dtype=torch.long)
+    where = []
+    for i, (prompt, completion) in enumerate(pairs):
+        size = len(prompt) + len(completion)
+        input_ids[i, :size] = torch.tensor([*prompt, *completion])
+        attention_mask[i, :size] = 1
+        where.append((i, len(prompt) - 1, len(prompt), len(completion)))
+    position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)
+    return _batch(input_ids, position_ids, attention_mask, where)
+
+
+def _batch(
+    input_ids: Tensor, position_ids: Tensor, mask: Tensor, where: list[tuple[int, int, int, int]]
+) -> PackedBatch:
+    rows, prompt_ends, starts, lengths = torch.tensor(where).unbind(1)
+    return PackedBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=mask,
+        rows=rows,
+        prompt_ends=prompt_ends,
+        starts=starts,
+        lengths=lengths,
+    )
+
+
+def group_by_prompt(
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+) -> tuple[list[Group], list[list[int]]]:
+    """Collect completions of the same prompt into groups that fit `max_tokens` each.
+
+    Returns the groups, and for each the indices of its completions in the lists handed in.
+    """
+    open_groups: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> (its open group, tokens)
+    members: list[list[int]] = []
+    for i, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        key = tuple(prompt)
+        at, used = open_groups.get(key, (-1, max_tokens))
+        if at < 0 or used + len(completion) > max_tokens:
+            at, used = len(members), len(key)
+            members.append([])
+        members[at].append(i)
+        open_groups[key] = (at, used + len(completion))
+    groups = [Group(prompt_ids[m[0]], [completion_ids[i] for i in m]) for m in members]
+    return groups, members
+
+
+def packed_size(group: Group) -> int:
+    """Tokens of a group's packed row."""
+    return len(group.prompt_ids) + sum(map(len, group.completions))
+
+
+def padded_size(group: Group) -> tuple[int, int]:
+    """Rows and longest row of a group without sharing."""
+    return len(group.completions), len(group.prompt_ids) + max(map(len, group.completions))
+
+
+def token_budget_batches(
+    groups: Sequence[Group], *, max_tokens: int, shared_prefix: bool = True
+) -> Iterator[list[int]]:
+    """Yield lists of group indices, sorted by length, each within `max_tokens` padded tokens.
+
+    A group larger than the budget travels alone. Sorting keeps padding small; the caller puts the
+    results back in order, so a score never depends on the batch it happened to travel in.
+    """
+
+    def rows_and_width(i: int) -> tuple[int, int]:
+        return (1, packed_size(groups[i])) if shared_prefix else padded_size(groups[i])
+
+    batch: list[int] = []
+    rows = width = 0
+    for i in sorted(range(len(groups)), key=lambda i: rows_and_width(i)[1]):
+        more, wide = rows_and_width(i)
+        if batch and (rows + more) * max(width, wide) > max_tokens:
+            yield batch
+            batch, rows, width = [], 0, 0
+        batch.append(i)
+        rows, width = rows + more, max(width, wide)
+    if batch:
+        yield batch

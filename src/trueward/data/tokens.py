@@ -1,0 +1,138 @@
+"""Rows to token ids: one way of rendering for training, scoring and sampling.
+
+A prompt is a string or a list of messages; messages go through the tokenizer's chat template. The
+prompt and the completion are tokenised apart, because that is what a policy sees when it continues
+a prompt: tokenising the joined text can merge tokens across the seam.
+"""
+
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from trueward.data.formats import Completion, DataError, Prompt
+
+
+class Tokens(NamedTuple):
+    """The ids of one prompt and of one of its completions."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give the tokenizer a pad token distinct from its EOS; return True if the vocabulary grew.
+
+    Pad equal to EOS hides the EOS from masks made of ids, and made older sequence classifiers read
+    the wrong token (https://arxiv.org/abs/2403.17031).
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("The tokenizer has no EOS token: set tokenizer.eos_token first.")
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return False
+    return tokenizer.add_special_tokens({"pad_token": "<|pad|>"}) > 0
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """Return the text that the policy continues: the string itself, or the rendered messages."""
+    if isinstance(prompt, str):
+        return prompt
+    _require_template(tokenizer)
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    return text
+
+
+def completion_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion
+) -> str:
+    """Return the text after `prompt_text`, as the chat template renders it."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return completion
+    if isinstance(prompt, str):
+        raise DataError("The prompt is a string but the completion is a list of messages.")
+    turns = [{"role": "assistant", "content": completion}]
+    messages = list(prompt) + (turns if isinstance(completion, str) else list(completion))
+    _require_template(tokenizer)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert isinstance(whole, str)
+    # Some templates open the assistant's turn differently when they generate (a prefilled <think>,
+    # say): then the longest common start is the prompt that both agree on.
+    with_opening = prompt_text(tokenizer, prompt)
+    if whole.startswith(with_opening):
+        return whole[len(with_opening) :]
+    bare = tokenizer.apply_chat_template(prompt, tokenize=False)
+    assert isinstance(bare, str)
+    if whole.startswith(bare):
+        return whole[len(bare) :]
+    raise DataError(
+        "The chat template renders the prompt differently once a completion follows it, so the "
+        "completion's tokens cannot be told apart: use a template that only appends."
+    )
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise DataError(
+            "The prompt is a list of messages but the tokenizer has no chat template: set "
+            "tokenizer.chat_template (trueward.testing.ALPACA_CHAT_TEMPLATE is a plain one), or "
+            "give prompts and completions as strings."
+        )
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Return the prompt's ids; a template brings its own BOS, so none is added to its text."""
+    text = prompt_text(tokenizer, prompt)
+    ids = tokenizer(text, add_special_tokens=isinstance(prompt, str)).input_ids
+    # BERT-like tokenizers close with [SEP], T5-like ones with </s>: that belongs after the answer.
+    while ids and ids[-1] in _closers(tokenizer):
+        ids = ids[:-1]
+    return list(ids)
+
+
+def _closers(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None}
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, *, eos: bool = True
+) -> Tokens:
+    """Return the ids of prompt and completion; the completion ends with exactly one EOS.
+
+    Args:
+        tokenizer: Of the model that will read the ids.
+        prompt: String or messages.
+        completion: String or messages.
+        eos: False for a completion that was cut off before it ended (a truncated sample).
+    """
+    text = completion_text(tokenizer, prompt, completion)
+    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    end = tokenizer.eos_token_id
+    if end is None:
+        end = tokenizer.sep_token_id  # encoders: [SEP]
+    # A template often closes the turn with EOS and a newline; what follows EOS is never sampled.
+    if end is not None and end in ids:
+        last = len(ids) - 1 - ids[::-1].index(end)
+        if not tokenizer.decode(ids[last + 1 :], skip_special_tokens=True).strip():
+            ids = ids[:last]
+    if eos and end is not None:
+        ids.append(end)
+    return Tokens(prompt_ids(tokenizer, prompt), ids)
+
+
+def truncate_prompt(
+    tokens: Tokens, max_length: int, *, bos_token_id: int | None = None
+) -> Tokens | None:
+    """Cut the prompt from the left so that prompt and completion fit; the answer stays whole.
+
+    A leading BOS stays in place. Returns None where the completion alone (with its EOS and one
+    prompt token) does not fit: the caller counts that row as over-long.
+    """
+    room = max_length - len(tokens.completion_ids)
+    prompt, completion = tokens
+    if room >= len(prompt):
+        return tokens
+    if room < 1:
+        return None
+    if prompt[0] == bos_token_id and room > 1:
+        return Tokens([prompt[0], *prompt[len(prompt) - room + 1 :]], completion)
+    return Tokens(prompt[-room:], completion)

@@ -1,0 +1,125 @@
+"""What a backbone can do, and its hidden states for a packed batch."""
+
+import inspect
+import logging
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trueward.data.packing import Group, PackedBatch, pack, pad
+
+logger = logging.getLogger(__name__)
+
+
+def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Float[Tensor, "row seq hidden"]:
+    """Return the last layer's states; the cache is off because nothing here continues a text."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if takes_position_ids(backbone):
+        inputs["position_ids"] = batch.position_ids
+        inputs["use_cache"] = False
+    states: Tensor = backbone(**inputs).last_hidden_state
+    return states
+
+
+def takes_position_ids(backbone: nn.Module) -> bool:
+    """Decoders get positions from the mask; encoders count their own (RoBERTa from its pad id)."""
+    inner = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    parameters = inspect.signature(inner.forward).parameters
+    return "position_ids" in parameters and "use_cache" in parameters
+
+
+def can_share_prefixes(backbone: PreTrainedModel) -> bool:
+    """Tell by computing whether this backbone reads a packed row as it reads separate ones.
+
+    A packed and an unpacked forward of a made-up prompt with two completions are compared. Encoders
+    (every token sees every other), recurrent models and windowed attention fail it or are refused;
+    a message says so once, and the caller computes unpacked.
+    """
+    known: bool | None = getattr(backbone, "_trueward_shares_prefixes", None)
+    if known is not None:
+        return known
+    reason = _refusal(backbone)
+    if reason:
+        logger.warning(
+            "%s %s: prompts are computed once for each completion.",
+            type(backbone).__name__,
+            reason,
+        )
+    backbone._trueward_shares_prefixes = not reason  # type: ignore[assignment]
+    return not reason
+
+
+def _refusal(backbone: PreTrainedModel) -> str:
+    text_config = backbone.config.get_text_config()
+    if getattr(text_config, "sliding_window", None) and getattr(
+        text_config, "use_sliding_window", True
+    ):
+        return "attends through a sliding window, which a packed row would not keep"
+    if not takes_position_ids(backbone):
+        return "takes no position ids, which a packed row needs"
+    high = text_config.vocab_size - 1
+    prompt, first, second = [high, 1, 2 % high], [3 % high, high, 1], [high, 2 % high]
+    groups = [Group(prompt, [first, second])]
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            states = [
+                _last_states(backbone, form(groups, pad_id=0).to(backbone.device, backbone.dtype))
+                for form in (pack, pad)
+            ]
+            # In a causal model the prompt's states do not know which completion follows.
+            ends = [
+                hidden_states(
+                    backbone,
+                    pad([Group(prompt, [c])], pad_id=0).to(backbone.device, backbone.dtype),
+                )[0, len(prompt) - 1].float()
+                for c in (first[:2], second)
+            ]
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        return f"refused a packed row ({type(error).__name__})"
+    finally:
+        backbone.train(was_training)
+    if (ends[0] - ends[1]).abs().max() > 1e-6 * ends[0].abs().max():
+        return "lets a prompt's tokens see what follows it"
+    difference = (states[0] - states[1]).abs().max().item()
+    scale = states[1].abs().max().item()
+    tolerance = 1e-3 if backbone.dtype == torch.float32 else 5e-2
+    if not difference <= tolerance * scale:
+        return f"gives other states for a packed row (they differ by {difference:.2g})"
+    return ""
+
+
+def _last_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
+    return hidden_states(backbone, batch)[batch.rows, batch.last].float()
+
+
+def make_batch(
+    backbone: PreTrainedModel,
+    groups: Sequence[Group],
+    *,
+    pad_id: int,
+    shared_prefix: bool = True,
+) -> PackedBatch:
+    """Pack the groups where the backbone can share prefixes, and pad them where it cannot."""
+    form = pack if shared_prefix and can_share_prefixes(backbone) else pad
+    return form(groups, pad_id=pad_id).to(backbone.device, backbone.dtype)
+
+
+def max_positions(backbone: PreTrainedModel) -> int | None:
+    """Return the longest sequence that the backbone's positions allow, None where unlimited."""
+    return getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: rewards and log-probabilities must not be noisy."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Attention dropout is often a plain number on the attention module.
+        for name in ("attention_dropout", "attn_pdrop", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

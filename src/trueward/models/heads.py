@@ -1,0 +1,82 @@
+"""Reward heads: hidden states in, means (and stds) of the members out, always in float32."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # the floor keeps a collapsing std from reaching 0
+
+
+class HeadOutput(NamedTuple):
+    """Means and, where the head has them, stds of each member."""
+
+    means: Float[Tensor, "... member"]
+    stds: Float[Tensor, "... member"] | None
+
+
+class ScalarHead(nn.Module):
+    """One linear reward, without bias: Bradley-Terry sees differences only.
+
+    Weights start from N(0, 1/(d+1)), so that rewards of unit-variance states have unit variance.
+    """
+
+    members = 1
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.linear.weight, std=1 / math.sqrt(hidden_size + 1))
+
+    def forward(self, hidden: Float[Tensor, "... hidden"]) -> HeadOutput:
+        return HeadOutput(self.linear(hidden.float()), None)
+
+    def describe(self) -> dict[str, object]:
+        """Return what `make_head` needs to build this head again."""
+        return {"kind": "scalar"}
+
+
+class GaussianHeads(nn.Module):
+    """K members on one backbone, each a Gaussian over the reward: the heads of BRME.
+
+    `out = W h` viewed as `[..., member, 2]`: a mean and a log std, clamped to [-5, 2].
+    Yan et al. 2024, "Reward-Robust RLHF in LLMs" (https://arxiv.org/abs/2409.15360).
+    """
+
+    def __init__(self, hidden_size: int, members: int = 5, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        if members < 1:
+            raise ValueError(f"GaussianHeads needs at least one member, got members={members}.")
+        self.members = members
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(hidden_size, 2 * members, dtype=torch.float32)
+        nn.init.normal_(self.linear.weight, std=1 / math.sqrt(hidden_size + 1))
+        nn.init.zeros_(self.linear.bias)
+        with torch.no_grad():  # every std starts at 1, whatever the state
+            self.linear.weight.view(members, 2, hidden_size)[:, 1] *= 0.1
+
+    def forward(self, hidden: Float[Tensor, "... hidden"]) -> HeadOutput:
+        out = self.linear(self.dropout(hidden.float()))
+        out = out.unflatten(-1, (self.members, 2))
+        log_stds = out[..., 1].clamp(LOG_STD_MIN, LOG_STD_MAX)
+        return HeadOutput(out[..., 0], log_stds.exp())
+
+    def describe(self) -> dict[str, object]:
+        """Return what `make_head` needs to build these heads again."""
+        return {"kind": "gaussian", "members": self.members, "dropout": self.dropout.p}
+
+
+Head = ScalarHead | GaussianHeads
+
+
+def make_head(description: dict[str, object], hidden_size: int) -> Head:
+    """Build a head from its description in a saved model's `config.json`."""
+    options = dict(description)
+    kind = options.pop("kind", None)
+    if kind == "scalar":
+        return ScalarHead(hidden_size)
+    if kind == "gaussian":
+        return GaussianHeads(hidden_size, **options)  # type: ignore[arg-type]
+    raise ValueError(f"Unknown reward head {kind!r}: known are 'scalar' and 'gaussian'.")

@@ -1,0 +1,195 @@
+"""The policy, its frozen reference and its critic, over packed batches."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trueward.data.formats import DataError
+from trueward.data.packing import PackedBatch
+from trueward.data.tokens import ensure_pad_token
+from trueward.models.backbone import disable_dropout, hidden_states, max_positions
+from trueward.models.heads import ScalarHead
+from trueward.models.reward_model import RewardModel, merged
+
+
+class TokenScores(NamedTuple):
+    """What the policy says of each completion token, right padded (see `PackedBatch.mask`)."""
+
+    logprobs: Float[Tensor, "completion token"]
+    entropies: Float[Tensor, "completion token"]
+
+
+class Policy(nn.Module):
+    """A causal language model with its tokenizer, and log-probabilities of completions."""
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        if ensure_pad_token(tokenizer) or len(tokenizer) > model.config.vocab_size:
+            model.resize_token_embeddings(len(tokenizer))
+        disable_dropout(model)
+        self.max_length = max_positions(model) or 2**31
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        lora_rank: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> Self:
+        """Load a causal language model from a folder or the hub."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise DataError(f"No language model could be read from {path}: {first}") from error
+        policy = cls(model, tokenizer)
+        if lora_rank:
+            policy.add_lora(lora_rank)
+        return policy.to(device or "cpu")
+
+    def add_lora(self, rank: int, *, alpha: int | None = None) -> None:
+        """Freeze the model and train low-rank adapters; its reference is the adapter switched off."""
+        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules="all-linear")
+        self.model = get_peft_model(self.model, config)
+
+    @property
+    def has_adapter(self) -> bool:
+        """True where the weights of the reference are still inside."""
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.device
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The model below its language head (with its adapters, which live inside the layers)."""
+        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        backbone: PreTrainedModel = getattr(inner, inner.base_model_prefix)
+        return backbone
+
+    def forward(self, batch: PackedBatch, *, temperature: float = 1.0) -> TokenScores:
+        """Return log-probability and entropy of each completion token.
+
+        Logits are made at the completions' tokens only, a slice at a time and recomputed in the
+        backward pass: there is never a `[row, seq, vocab]` tensor in float32.
+        """
+        hidden = hidden_states(self.backbone, batch)
+        mask = batch.mask
+        states = hidden[batch.rows[:, None].expand_as(mask)[mask], batch.predictor_columns[mask]]
+        logprobs, entropies = token_logprobs(
+            states,
+            self.model.get_output_embeddings(),
+            batch.targets[mask],
+            temperature=temperature,
+        )
+        out = torch.zeros(mask.shape, device=mask.device)
+        return TokenScores(out.masked_scatter(mask, logprobs), out.masked_scatter(mask, entropies))
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator["Policy"]:
+        """Read the reference from the same weights while the context lasts."""
+        if not isinstance(self.model, PeftModel):
+            raise ValueError("Only a policy with an adapter holds its reference within it.")
+        with self.model.disable_adapter():
+            yield self
+
+    def frozen_copy(self) -> "Policy":
+        """Return a copy that no optimiser will touch: the reference of full fine-tuning."""
+        ref = Policy(copy.deepcopy(self.model), self.tokenizer)
+        return ref.requires_grad_(False).eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write model (adapters merged) and tokenizer as a Hugging Face folder."""
+        merged(self.model).save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+def token_logprobs(
+    states: Float[Tensor, "token hidden"],
+    language_head: nn.Module,
+    targets: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    slice_tokens: int = 2048,
+) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
+    """Return log p(target) and the entropy at each state, in float32, `slice_tokens` at a time."""
+
+    def of_slice(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = language_head(states).float() / temperature
+        log_z = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_z
+        with torch.no_grad():
+            entropies = log_z - (logits.softmax(-1) * logits).sum(-1)
+        return logprobs, entropies
+
+    parts = []
+    for some, these in zip(states.split(slice_tokens), targets.split(slice_tokens), strict=True):
+        if torch.is_grad_enabled() and states.shape[0] > slice_tokens:
+            parts.append(checkpoint(of_slice, some, these, use_reentrant=False))
+        else:
+            parts.append(of_slice(some, these))
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+class ValueModel(nn.Module):
+    """The critic: a backbone and a scalar head read at the state before each completion token."""
+
+    def __init__(self, backbone: PreTrainedModel, head: ScalarHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    @classmethod
+    def from_reward_model(cls, reward_model: RewardModel) -> Self:
+        """Copy the reward model's backbone; its head too where it is scalar, else a zero head.
+
+        A critic that starts from the reward model already ranks states by what they will earn
+        (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, appendix C).
+        """
+        backbone = copy.deepcopy(merged(reward_model.backbone))
+        head = ScalarHead(backbone.config.get_text_config().hidden_size)
+        nn.init.zeros_(head.linear.weight)
+        if isinstance(reward_model.head, ScalarHead):
+            scale = 1 / reward_model.reward_std[0]
+            head.linear.weight.data.copy_(reward_model.head.linear.weight * scale)
+        return cls(backbone.requires_grad_(True), head.to(backbone.device))
+
+    @classmethod
+    def from_policy(cls, policy: Policy) -> Self:
+        """Copy the policy's body under a zero head: for rewards that are plain functions."""
+        plain = copy.deepcopy(merged(policy.model))
+        backbone: PreTrainedModel = getattr(plain, plain.base_model_prefix)
+        head = ScalarHead(backbone.config.get_text_config().hidden_size)
+        nn.init.zeros_(head.linear.weight)
+        return cls(backbone.requires_grad_(True), head.to(backbone.device))
+
+    def forward(self, batch: PackedBatch) -> Float[Tensor, "completion token"]:
+        """Return the value of the state before each completion token (0 at padding)."""
+        hidden = hidden_states(self.backbone, batch)
+        states = hidden[batch.rows[:, None], batch.predictor_columns]
+        values: Tensor = self.head(states).means[..., 0]
+        return values * batch.mask

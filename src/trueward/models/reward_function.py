@@ -1,0 +1,64 @@
+"""Reward functions: (prompts, completions) -> tensor or posterior, whatever is behind them."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from trueward.data.formats import Completion, Prompt
+from trueward.models.reward_model import RewardModel
+from trueward.posterior import RewardPosterior
+
+RewardFunction = Callable[[Sequence[Prompt], Sequence[Completion]], RewardPosterior | Tensor]
+Reward = RewardModel | Sequence[RewardModel] | Callable[..., object]
+
+
+def posterior_function(
+    reward: Reward,
+) -> Callable[[Sequence[Prompt], Sequence[Completion]], RewardPosterior]:
+    """Return one function for a reward model, several of them, or a plain Python function.
+
+    Reward models score on their saved scale. Several models become the members of one posterior
+    (a deep ensemble). A plain function may return a posterior, a tensor `[batch]` or a list with
+    one number for each completion, `None` where it has none; it is called by keyword when its
+    parameters are named as TRL names them (`prompts`, `completions`).
+    """
+    if isinstance(reward, RewardModel):
+        return lambda prompts, completions: reward.score(prompts, completions, normalise=True)
+    if isinstance(reward, Sequence):
+        if not reward:
+            raise ValueError("An ensemble needs at least one reward model, got none.")
+        return lambda prompts, completions: RewardPosterior.stack_members(
+            [model.score(prompts, completions, normalise=True) for model in reward]
+        )
+    return lambda prompts, completions: _as_posterior(
+        _call(reward, prompts, completions), len(completions)
+    )
+
+
+def _call(
+    function: Callable[..., object], prompts: Sequence[Prompt], completions: Sequence[Completion]
+) -> object:
+    named = set(inspect.signature(function).parameters) >= {"prompts", "completions"}
+    if named:
+        return function(prompts=prompts, completions=completions)
+    return function(prompts, completions)
+
+
+def _as_posterior(rewards: object, count: int) -> RewardPosterior:
+    if not isinstance(rewards, RewardPosterior):
+        if isinstance(rewards, Sequence):
+            rewards = [float("nan") if r is None else float(r) for r in rewards]
+        values = torch.as_tensor(rewards, dtype=torch.float32)
+        if values.ndim != 1:
+            raise ValueError(
+                f"A reward function must return one number for each completion, [batch]; got "
+                f"shape {tuple(values.shape)}."
+            )
+        rewards = RewardPosterior(values[:, None])
+    if len(rewards) != count:
+        raise ValueError(
+            f"The reward function returned {len(rewards)} rewards for {count} completions."
+        )
+    return rewards

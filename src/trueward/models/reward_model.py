@@ -1,0 +1,425 @@
+"""RewardModel: a backbone and a head; training forward, scoring, saving and loading.
+
+On disk it is an ordinary Hugging Face folder. A scalar model is saved as the backbone's
+`...ForSequenceClassification` class with one label, so other programs read the same scores. A
+model with Gaussian heads keeps them in the same `model.safetensors`, under `head.*`, described in
+`config.json` under `trueward`.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from trueward.data.formats import Completion, DataError, Prompt
+from trueward.data.packing import PackedBatch, group_by_prompt, token_budget_batches
+from trueward.data.tokens import Tokens, ensure_pad_token, tokenize, truncate_prompt
+from trueward.models.backbone import (
+    can_share_prefixes,
+    disable_dropout,
+    hidden_states,
+    make_batch,
+    max_positions,
+)
+from trueward.models.card import reward_model_card
+from trueward.models.heads import GaussianHeads, Head, ScalarHead, make_head
+from trueward.posterior import RewardPosterior
+
+logger = logging.getLogger(__name__)
+
+
+class RewardModel(nn.Module):
+    """A backbone, a head on the last real token's state, and a tokenizer.
+
+    Args:
+        backbone: Any transformers model without a head; or, with `head=None`, a published
+            one-label classifier that keeps the head it came with (encoders such as DeBERTa).
+        head: `ScalarHead`, `GaussianHeads` or None.
+        tokenizer: The backbone's; pad and EOS are made distinct.
+        reward_mean: Per member, its mean on reference samples; with `reward_std` the scale on
+            which members are compared. Identity until `set_normalisation`.
+        reward_std: Per member, its standard deviation on the same samples.
+        max_length: Tokens of prompt and completion together; prompts are cut from the left.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel | PeftModel,
+        head: Head | None,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reward_mean: Float[Tensor, " member"] | None = None,
+        reward_std: Float[Tensor, " member"] | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.tokenizer = tokenizer
+        members = head.members if head is not None else 1
+        mean = torch.zeros(members) if reward_mean is None else reward_mean.float()
+        std = torch.ones(members) if reward_std is None else reward_std.float()
+        self.register_buffer("reward_mean", mean, persistent=False)
+        self.register_buffer("reward_std", std, persistent=False)
+        limits = [n for n in (max_length, max_positions(backbone)) if n]
+        self.max_length = min(limits) if limits else 2**31
+        self.facts: dict[str, Any] = {}  # what the model card tells: data, metrics, base
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: PreTrainedModel | str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        members: int = 0,
+        head_dropout: float = 0.0,
+        lora_rank: int = 0,
+        max_length: int | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Put a fresh head on a backbone, given as a model or as a path or hub id.
+
+        Args:
+            backbone: A causal language model's path keeps its body and drops its language head.
+            tokenizer: Needed with a model object; loaded from the path otherwise.
+            members: 0 for one scalar reward, K >= 1 for K Gaussian heads.
+            head_dropout: Dropout before the Gaussian heads; the backbone has none.
+            lora_rank: 0 trains the whole backbone; above, low-rank adapters on its linear layers.
+            max_length: Longest sequence in tokens; None for the backbone's own limit.
+            seed: Set before the head is made, so that the head depends on it alone.
+        """
+        if isinstance(backbone, str | Path):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(backbone)
+            backbone = AutoModel.from_pretrained(backbone, dtype=torch.float32)
+        if tokenizer is None:
+            raise ValueError("A backbone given as a model needs its tokenizer beside it.")
+        if members < 0:
+            raise ValueError(f"members must be 0 (scalar) or at least 1, got {members}.")
+        if ensure_pad_token(tokenizer) or len(tokenizer) > backbone.config.vocab_size:
+            backbone.resize_token_embeddings(len(tokenizer))
+        disable_dropout(backbone)
+        torch.manual_seed(seed)
+        width = backbone.config.get_text_config().hidden_size
+        head: Head = (
+            GaussianHeads(width, members, dropout=head_dropout) if members else ScalarHead(width)
+        )
+        model = cls(backbone, head, tokenizer, max_length=max_length)
+        if lora_rank:
+            model.add_lora(lora_rank)
+        return model
+
+    def add_lora(self, rank: int, *, alpha: int | None = None) -> None:
+        """Freeze the backbone and train low-rank adapters on its linear layers (and the head)."""
+        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules="all-linear")
+        self.backbone = get_peft_model(self.backbone, config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.reward_mean.device  # type: ignore[return-value]
+
+    @property
+    def members(self) -> int:
+        """Columns of the posterior."""
+        return self.head.members if self.head is not None else 1
+
+    def hidden(self, batch: PackedBatch) -> Float[Tensor, "completion hidden"]:
+        """Return the last layer's state at the last real token of each completion."""
+        return hidden_states(self.backbone, batch)[batch.rows, batch.last]
+
+    def forward(self, batch: PackedBatch) -> RewardPosterior:
+        """Return the raw posterior of each completion in the batch, with gradients."""
+        if self.head is None:
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            return RewardPosterior(self.backbone(**inputs).logits.float())
+        return RewardPosterior(*self.head(self.hidden(batch)))
+
+    def tokenize(self, prompt: Prompt, completion: Completion) -> Tokens:
+        """Return ids that fit `max_length`, the prompt cut from the left if need be.
+
+        Raises:
+            DataError: The completion alone does not fit.
+        """
+        tokens = tokenize(self.tokenizer, prompt, completion)
+        bos = self.tokenizer.bos_token_id
+        fitting = truncate_prompt(tokens, self.max_length, bos_token_id=bos)
+        if fitting is None:
+            raise DataError(
+                f"a completion of {len(tokens.completion_ids)} tokens does not fit into the "
+                f"model's {self.max_length}: shorten it, or raise max_length where the backbone "
+                "allows it."
+            )
+        return fitting
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        *,
+        batch_size: int | None = None,
+        max_tokens: int = 16384,
+        normalise: bool | None = None,
+        shared_prefix: bool = True,
+        progress: bool | None = False,
+    ) -> RewardPosterior:
+        """Return the posterior of each (prompt, completion), on the CPU, in the order given.
+
+        Completions of one prompt share its computation; batches are made by length, and a score
+        does not depend on its batch.
+
+        Args:
+            prompts: One for each completion: strings or lists of messages.
+            completions: Strings or lists of messages.
+            batch_size: Completions a batch at most; None leaves it to `max_tokens`.
+            max_tokens: Padded tokens a batch.
+            normalise: Standardise each member by the saved statistics. None: yes for a model of
+                several members (a minimum or variance over unequal scales means nothing), no for
+                a scalar one, whose raw logit is what other programs read.
+            shared_prefix: False computes each completion with a prompt of its own.
+            progress: True for a bar, None for a bar on terminals only.
+
+        Raises:
+            DataError: Lists of different lengths, or a completion longer than the context.
+        """
+        if len(prompts) != len(completions):
+            raise DataError(
+                f"score needs one prompt for each completion, got {len(prompts)} prompts and "
+                f"{len(completions)} completions."
+            )
+        if not prompts:
+            return RewardPosterior(torch.zeros(0, self.members))
+        tokens = []
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                tokens.append(self.tokenize(prompt, completion))
+            except DataError as error:
+                raise DataError(f"Row {i + 1}: {error}") from error
+        share = shared_prefix and self.head is not None and can_share_prefixes(self.backbone)
+        longest = max(len(p) + len(c) for p, c in tokens)
+        groups, members = group_by_prompt(
+            [t.prompt_ids for t in tokens],
+            [t.completion_ids for t in tokens],
+            max_tokens=max(longest, min(max_tokens, 4096)) if share else longest,
+        )
+        was_training = self.training
+        self.eval()
+        means = torch.zeros(len(tokens), self.members)
+        stds = torch.zeros_like(means) if isinstance(self.head, GaussianHeads) else None
+        bar = tqdm(total=len(tokens), desc="score", unit="row", disable=_hidden(progress))
+        for batch in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=share):
+            for some in _at_most(batch, members, batch_size):
+                packed = make_batch(
+                    self.backbone,
+                    [groups[g] for g in some],
+                    pad_id=self.tokenizer.pad_token_id,
+                    shared_prefix=share,
+                )
+                posterior = self(packed).to("cpu")
+                where = torch.tensor([i for g in some for i in members[g]])
+                means[where] = posterior.means
+                if stds is not None:
+                    stds[where] = posterior.stds
+                bar.update(len(where))
+        bar.close()
+        self.train(was_training)
+        posterior = RewardPosterior(means, stds)
+        if normalise or (normalise is None and self.members > 1):
+            return posterior.standardised(self.reward_mean.cpu(), self.reward_std.cpu())
+        return posterior
+
+    def set_normalisation(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion]
+    ) -> None:
+        """Measure each member's mean and std on reference samples and keep them with the model.
+
+        Bradley-Terry leaves every member a free constant and scale; a minimum or a variance over
+        members is meaningless until they share one. Use the reference policy's samples.
+        """
+        means = self.score(prompts, completions, normalise=False).means
+        self.reward_mean = means.mean(0).to(self.device)
+        self.reward_std = means.std(0, correction=0).clamp_min(1e-6).to(self.device)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the model, tokenizer and model card as a Hugging Face folder."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        backbone = merged(self.backbone)
+        config = type(backbone.config).from_dict(backbone.config.to_dict())
+        config.pad_token_id = self.tokenizer.pad_token_id
+        config.trueward = {
+            "head": self.head.describe() if self.head is not None else None,
+            "reward_mean": self.reward_mean.tolist(),
+            "reward_std": self.reward_std.tolist(),
+            "max_length": self.max_length,
+            "facts": self.facts,
+        }
+        if isinstance(self.head, ScalarHead) and _publishes_score(config):
+            config.num_labels = 1
+            with torch.device("meta"):  # an empty shell that names and orders the weights
+                shell = AutoModelForSequenceClassification.from_config(config)
+            setattr(shell, shell.base_model_prefix, backbone)
+            shell.score = self.head.linear
+            shell.save_pretrained(path)
+        elif self.head is not None:
+            config.architectures = ["TruewardRewardModel"]
+            weights = backbone.state_dict()
+            weights |= {f"head.{k}": v for k, v in self.head.state_dict().items()}
+            backbone.save_pretrained(path, state_dict=weights)
+            config.save_pretrained(path)
+        else:
+            backbone.config.trueward = config.trueward
+            backbone.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        (path / "README.md").write_text(reward_model_card(self), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> Self:
+        """Load one of ours, or any one-label `AutoModelForSequenceClassification`.
+
+        Raises:
+            DataError: The folder holds another kind of model.
+        """
+        try:
+            config = AutoConfig.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise DataError(f"No reward model could be read from {path}: {first}") from error
+        ours: dict[str, Any] = getattr(config, "trueward", None) or {}
+        statistics = {k: torch.tensor(ours[k]) for k in ("reward_mean", "reward_std") if k in ours}
+        head: Head | None
+        if (ours.get("head") or {}).get("kind") == "gaussian":
+            backbone, info = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            _refuse_missing(path, info)
+            head = make_head(ours["head"], config.get_text_config().hidden_size)
+            head.load_state_dict(_head_weights(Path(path)))
+        else:
+            if config.num_labels != 1:
+                raise DataError(
+                    f"{path} has {config.num_labels} labels where a reward model has one: give a "
+                    "model saved by trueward or a sequence classifier with num_labels=1."
+                )
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=dtype, output_loading_info=True
+            )
+            _refuse_missing(path, info)
+            backbone, head = _split(model)
+            if head is not None and tokenizer.pad_token_id is None:
+                ensure_pad_token(tokenizer)
+                backbone.resize_token_embeddings(len(tokenizer))
+        disable_dropout(backbone)
+        limit = ours.get("max_length")
+        model = cls(backbone, head, tokenizer, max_length=limit, **statistics)
+        model.facts = ours.get("facts", {})
+        return model.eval().to(device or "cpu")
+
+
+def merged(backbone: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return a plain model: adapters are merged into a copy of the weights."""
+    if not isinstance(backbone, PeftModel):
+        return backbone
+    import copy
+
+    plain: PreTrainedModel = copy.deepcopy(backbone).merge_and_unload()
+    return plain
+
+
+def _publishes_score(config: Any) -> bool:
+    """True where the architecture's classifier is a bias-free `score` on the last token."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return False
+    with torch.device("meta"):
+        shell = AutoModelForSequenceClassification.from_config(config)
+    return isinstance(getattr(shell, "score", None), nn.Linear) and shell.score.bias is None
+
+
+def _split(model: PreTrainedModel) -> tuple[PreTrainedModel, Head | None]:
+    """Take a decoder's classifier apart; an encoder's keeps its own head (None)."""
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear) or score.bias is not None:
+        return model, None
+    pad, eos = model.config.pad_token_id, model.config.eos_token_id
+    if pad is not None and pad == eos:
+        logger.warning(
+            "This model's pad token is its EOS: transformers reads the token before EOS there, "
+            "trueward the EOS itself, so scores differ for texts that end with it."
+        )
+    backbone: PreTrainedModel = getattr(model, model.base_model_prefix)
+    head = ScalarHead(score.in_features)
+    head.linear.weight = nn.Parameter(score.weight.detach().float())
+    return backbone, head
+
+
+def _refuse_missing(path: str | Path, info: dict[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
+        raise DataError(
+            f"{path} lacks the weights {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}: it is "
+            "no reward model, or one of another architecture. Train one with `trueward reward`, or "
+            "use RewardModel.from_backbone for a fresh head."
+        )
+
+
+def _head_weights(path: Path) -> dict[str, Tensor]:
+    """Read `head.*` from the folder's safetensors, sharded or not."""
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
+
+        path = Path(snapshot_download(str(path)))
+    index = path / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.exists():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {file for key, file in weight_map.items() if key.startswith("head.")}
+    weights = {}
+    for file in files:
+        with safe_open(path / file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (not a dict)
+                if key.startswith("head."):
+                    weights[key.removeprefix("head.")] = tensors.get_tensor(key)
+    return weights
+
+
+def _at_most(
+    batch: list[int], members: list[list[int]], batch_size: int | None
+) -> Iterator[list[int]]:
+    """Split a batch of groups so that it holds at most `batch_size` completions."""
+    if batch_size is None:
+        yield batch
+        return
+    part: list[int] = []
+    for group in batch:
+        if part and sum(len(members[g]) for g in part) + len(members[group]) > batch_size:
+            yield part
+            part = []
+        part.append(group)
+    yield part
+
+
+def _hidden(progress: bool | None) -> bool | None:
+    """Turn "show" into tqdm's "disable" (None: only where there is no terminal)."""
+    return None if progress is None else not progress
