@@ -59,6 +59,7 @@ def sample(
     prompts: Sequence[Prompt],
     config: SamplingConfig,
     *,
+    indices: Sequence[int] | None = None,
     progress: bool | None = False,
 ) -> list[Sample]:
     """Draw `config.n` completions for each prompt, in prompt order.
@@ -66,6 +67,14 @@ def sample(
     Prompts are sorted by length and computed once for their n samples; a row that has ended
     leaves the batch. The noise of a completion depends on the seed, its prompt's position and its
     own index alone, so neither batch size nor early stops change what is drawn.
+
+    Args:
+        policy: Switched to evaluation while it writes.
+        prompts: Strings or lists of messages.
+        config: How many completions, and how they are drawn.
+        indices: The prompts' positions where they are a part of a longer list; they key the noise
+            and come back as `prompt_index`.
+        progress: True for a bar, None for a bar on terminals only.
 
     Raises:
         DataError: A prompt that leaves no room for a completion.
@@ -81,8 +90,9 @@ def sample(
                 "shorten it, or leave it out."
             )
         encoded.append(ids)
+    names = list(range(len(encoded))) if indices is None else list(indices)
     if config.engine == "vllm":
-        return _sample_with_vllm(policy, encoded, config)
+        return _sample_with_vllm(policy, names, encoded, config)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     samples: list[Sample] = []
     bar = tqdm(
@@ -94,7 +104,9 @@ def sample(
     was_training = policy.training
     policy.eval()
     for chunk in _chunks(order, encoded, config):
-        samples += _sample_batch(policy, chunk, [encoded[i] for i in chunk], config)
+        samples += _sample_batch(
+            policy, [names[i] for i in chunk], [encoded[i] for i in chunk], config
+        )
         bar.update(len(chunk) * config.n)
     bar.close()
     policy.train(was_training)
@@ -117,8 +129,11 @@ def _sample_batch(
     policy: Policy, indices: list[int], encoded: list[list[int]], config: SamplingConfig
 ) -> list[Sample]:
     tokenizer, device, n = policy.tokenizer, policy.device, config.n
-    room = policy.max_length - max(map(len, encoded))
-    steps = min(config.max_new_tokens, room)
+    # A row's room depends on its own prompt, not on the longest in the batch.
+    room = [
+        min(config.max_new_tokens, policy.max_length - len(p)) for p in encoded for _ in range(n)
+    ]
+    steps, budget = max(room), torch.tensor(room, device=device)
     noise = _noise(indices, n=n, steps=steps, seed=config.seed).to(device)  # [row, step]
 
     # Left padding: every row's next token stands in the same column. Positions come from the mask.
@@ -144,15 +159,15 @@ def _sample_batch(
     positions = position_ids[:, -1].repeat_interleave(n, 0)
 
     rows = torch.arange(len(encoded) * n, device=device)  # rows that still write
-    ids = torch.full((len(rows), steps), -1, device=device)
+    drawn = torch.full((len(rows), steps), -1, device=device)
     logprobs = torch.zeros(len(rows), steps, device=device)
     for step in range(steps):
         token, logprob = draw(
             logits, noise[rows, step], temperature=config.temperature, top_p=config.top_p
         )
-        ids[rows, step], logprobs[rows, step] = token, logprob
-        going = token != tokenizer.eos_token_id
-        if step + 1 == steps or not going.any():
+        drawn[rows, step], logprobs[rows, step] = token, logprob
+        going = (token != tokenizer.eos_token_id) & (budget[rows] > step + 1)
+        if not going.any():
             break
         if not going.all():
             keep = going.nonzero()[:, 0]
@@ -171,7 +186,7 @@ def _sample_batch(
     return [
         _sample(policy, indices[row // n], encoded[row // n], row_ids, row_logprobs)
         for row, (row_ids, row_logprobs) in enumerate(
-            zip(ids.tolist(), logprobs.tolist(), strict=True)
+            zip(drawn.tolist(), logprobs.tolist(), strict=True)
         )
     ]
 
@@ -186,7 +201,7 @@ def _sample(
         prompt_ids=prompt,
         completion_ids=ids,
         logprobs=logprobs[:length],
-        text=policy.tokenizer.decode(ids, skip_special_tokens=True),
+        text=str(policy.tokenizer.decode(ids, skip_special_tokens=True)),
         finished=bool(ids) and ids[-1] == policy.tokenizer.eos_token_id,
     )
 
@@ -234,7 +249,7 @@ def draw(
 
 
 def _sample_with_vllm(
-    policy: Policy, encoded: list[list[int]], config: SamplingConfig
+    policy: Policy, indices: list[int], encoded: list[list[int]], config: SamplingConfig
 ) -> list[Sample]:
     """Let vLLM write: the policy is handed over through a temporary folder."""
     import tempfile
@@ -256,9 +271,9 @@ def _sample_with_vllm(
         )
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in encoded], parameters)
     samples = []
-    for index, output in enumerate(outputs):
+    for index, ids_in, output in zip(indices, encoded, outputs, strict=True):
         for completion in output.outputs:
             ids = list(completion.token_ids)
             logprobs = [d[t].logprob for d, t in zip(completion.logprobs, ids, strict=True)]
-            samples.append(_sample(policy, index, encoded[index], ids, logprobs))
+            samples.append(_sample(policy, index, ids_in, ids, logprobs))
     return samples

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trueward.data.packing import Group, PackedBatch, pack, pad
 
@@ -16,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Float[Tensor, "row seq hidden"]:
     """Return the last layer's states; the cache is off because nothing here continues a text."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs: dict[str, Tensor | bool] = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+    }
     if takes_position_ids(backbone):
         inputs["position_ids"] = batch.position_ids
         inputs["use_cache"] = False
@@ -26,12 +31,12 @@ def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Float[Tensor, "row
 
 def takes_position_ids(backbone: nn.Module) -> bool:
     """Decoders get positions from the mask; encoders count their own (RoBERTa from its pad id)."""
-    inner = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    inner = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
     parameters = inspect.signature(inner.forward).parameters
     return "position_ids" in parameters and "use_cache" in parameters
 
 
-def can_share_prefixes(backbone: PreTrainedModel) -> bool:
+def can_share_prefixes(backbone: PreTrainedModel | PeftModel | PeftModel) -> bool:
     """Tell by computing whether this backbone reads a packed row as it reads separate ones.
 
     A packed and an unpacked forward of a made-up prompt with two completions are compared. Encoders
@@ -52,12 +57,17 @@ def can_share_prefixes(backbone: PreTrainedModel) -> bool:
     return not reason
 
 
-def _refusal(backbone: PreTrainedModel) -> str:
+def _refusal(backbone: PreTrainedModel | PeftModel | PeftModel) -> str:
     text_config = backbone.config.get_text_config()
     if getattr(text_config, "sliding_window", None) and getattr(
         text_config, "use_sliding_window", True
     ):
         return "attends through a sliding window, which a packed row would not keep"
+    kinds = {*(getattr(text_config, "layer_types", None) or ["full_attention"])}
+    # GPT-Neo lists its "global" and "local" layers in `attention_layers`.
+    kinds |= {*(getattr(text_config, "attention_layers", None) or ["global"])}
+    if kinds - {"full_attention", "global"}:
+        return "has layers without full attention, which would mix up a packed row's completions"
     if not takes_position_ids(backbone):
         return "takes no position ids, which a packed row needs"
     high = text_config.vocab_size - 1
@@ -98,7 +108,7 @@ def _last_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def make_batch(
-    backbone: PreTrainedModel,
+    backbone: PreTrainedModel | PeftModel | PeftModel,
     groups: Sequence[Group],
     *,
     pad_id: int,
@@ -109,9 +119,49 @@ def make_batch(
     return form(groups, pad_id=pad_id).to(backbone.device, backbone.dtype)
 
 
-def max_positions(backbone: PreTrainedModel) -> int | None:
+def max_positions(backbone: PreTrainedModel | PeftModel | PeftModel) -> int | None:
     """Return the longest sequence that the backbone's positions allow, None where unlimited."""
-    return getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    positions: int | None = getattr(
+        backbone.config.get_text_config(), "max_position_embeddings", None
+    )
+    if positions is None:
+        return None
+    for name, module in backbone.named_modules():
+        # RoBERTa counts from after its pad id: a table of 514 rows holds 512 positions.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            return min(positions, module.num_embeddings - skipped)
+    return positions
+
+
+def grow_vocabulary(model: PreTrainedModel | PeftModel, size: int) -> None:
+    """Give the embeddings at least `size` rows; never fewer than before.
+
+    Published models often have more rows than their tokenizer has tokens; cutting those off would
+    change the normaliser of every log-probability.
+    """
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    if size > embeddings.num_embeddings:
+        model.resize_token_embeddings(size)
+
+
+def add_adapters(
+    model: PreTrainedModel | PeftModel, *, rank: int, alpha: int | None = None
+) -> PeftModel:
+    """Freeze the model and put low-rank adapters on its linear layers; alpha is `2 * rank`."""
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha or 2 * rank,
+        target_modules="all-linear",
+        # GPT-2 keeps its weights transposed; peft warns where it has to find that out itself.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    if isinstance(model, PeftModel):
+        raise ValueError("The model has adapters already: merge them first, or go on with those.")
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -31,7 +31,8 @@ posterior = reward_model.score(["a prompt"], ["a completion"])
 def reward_model_card(model: "RewardModel") -> str:
     """Return the card's Markdown: what the model is, its training data and its evaluation."""
     members = model.members
-    kind = "One scalar reward" if members == 1 else f"{members} Gaussian heads on one backbone"
+    gaussian = model.head is not None and model.head.describe()["kind"] == "gaussian"
+    kind = f"Gaussian heads ({members}) on one backbone" if gaussian else "One scalar reward"
     facts = {
         "backbone": getattr(model.backbone.config, "model_type", "unknown"),
         "training data": "not recorded",

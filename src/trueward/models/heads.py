@@ -31,7 +31,9 @@ class ScalarHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=1 / math.sqrt(hidden_size + 1))
 
     def forward(self, hidden: Float[Tensor, "... hidden"]) -> HeadOutput:
-        return HeadOutput(self.linear(hidden.float()), None)
+        """Return one mean for each state; float32 even under autocast."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return HeadOutput(self.linear(hidden.float()), None)
 
     def describe(self) -> dict[str, object]:
         """Return what `make_head` needs to build this head again."""
@@ -58,7 +60,9 @@ class GaussianHeads(nn.Module):
             self.linear.weight.view(members, 2, hidden_size)[:, 1] *= 0.1
 
     def forward(self, hidden: Float[Tensor, "... hidden"]) -> HeadOutput:
-        out = self.linear(self.dropout(hidden.float()))
+        """Return each member's mean and std; float32 even under autocast."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            out = self.linear(self.dropout(hidden.float()))
         out = out.unflatten(-1, (self.members, 2))
         log_stds = out[..., 1].clamp(LOG_STD_MIN, LOG_STD_MAX)
         return HeadOutput(out[..., 0], log_stds.exp())

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -21,7 +21,13 @@ from transformers import (
 from trueward.data.formats import DataError
 from trueward.data.packing import PackedBatch
 from trueward.data.tokens import ensure_pad_token
-from trueward.models.backbone import disable_dropout, hidden_states, max_positions
+from trueward.models.backbone import (
+    add_adapters,
+    disable_dropout,
+    grow_vocabulary,
+    hidden_states,
+    max_positions,
+)
 from trueward.models.heads import ScalarHead
 from trueward.models.reward_model import RewardModel, merged
 
@@ -42,8 +48,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        if ensure_pad_token(tokenizer) or len(tokenizer) > model.config.vocab_size:
-            model.resize_token_embeddings(len(tokenizer))
+        ensure_pad_token(tokenizer)
+        grow_vocabulary(model, len(tokenizer))
         disable_dropout(model)
         self.max_length = max_positions(model) or 2**31
 
@@ -69,9 +75,8 @@ class Policy(nn.Module):
         return policy.to(device or "cpu")
 
     def add_lora(self, rank: int, *, alpha: int | None = None) -> None:
-        """Freeze the model and train low-rank adapters; its reference is the adapter switched off."""
-        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules="all-linear")
-        self.model = get_peft_model(self.model, config)
+        """Freeze the model and train low-rank adapters; the reference is the adapter off."""
+        self.model = add_adapters(self.model, rank=rank, alpha=alpha)
 
     @property
     def has_adapter(self) -> bool:
@@ -87,7 +92,7 @@ class Policy(nn.Module):
     def backbone(self) -> PreTrainedModel:
         """The model below its language head (with its adapters, which live inside the layers)."""
         inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        backbone: PreTrainedModel = getattr(inner, inner.base_model_prefix)
+        backbone: PreTrainedModel = getattr(inner, str(inner.base_model_prefix))
         return backbone
 
     def forward(self, batch: PackedBatch, *, temperature: float = 1.0) -> TokenScores:
@@ -101,12 +106,23 @@ class Policy(nn.Module):
         states = hidden[batch.rows[:, None].expand_as(mask)[mask], batch.predictor_columns[mask]]
         logprobs, entropies = token_logprobs(
             states,
-            self.model.get_output_embeddings(),
+            Readout(self.model.get_output_embeddings(), *self._logit_scaling()),
             batch.targets[mask],
             temperature=temperature,
         )
         out = torch.zeros(mask.shape, device=mask.device)
         return TokenScores(out.masked_scatter(mask, logprobs), out.masked_scatter(mask, entropies))
+
+    def _logit_scaling(self) -> tuple[float, float | None]:
+        """Tell by computing what the model does to its head's output; remembered.
+
+        Cohere and Granite multiply it by a constant, Gemma 2 bounds it with a tanh.
+        """
+        known: tuple[float, float | None] | None = getattr(self.model, "_trueward_logits", None)
+        if known is None:
+            known = logit_scaling(self)
+            self.model._trueward_logits = known  # type: ignore[assignment]
+        return known
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator["Policy"]:
@@ -125,6 +141,53 @@ class Policy(nn.Module):
         """Write model (adapters merged) and tokenizer as a Hugging Face folder."""
         merged(self.model).save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+
+
+class Readout(nn.Module):
+    """A language head and what its model does to the logits afterwards."""
+
+    def __init__(self, head: nn.Module, scale: float = 1.0, softcap: float | None = None) -> None:
+        super().__init__()
+        self.head = head
+        self.scale = scale
+        self.softcap = softcap
+
+    def forward(self, states: Float[Tensor, "token hidden"]) -> Float[Tensor, "token vocab"]:
+        """Return the logits as the whole model would."""
+        logits: Tensor = self.head(states)
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+@torch.no_grad()
+def logit_scaling(policy: Policy) -> tuple[float, float | None]:
+    """Return (scale, softcap) with which the head's output gives the model's own logits.
+
+    Raises:
+        DataError: Neither a constant nor the configured softcap explains the model's logits.
+    """
+    ids = torch.arange(1, 4, device=policy.device)[None]
+    was_training = policy.training
+    policy.eval()
+    wanted = policy.model(input_ids=ids, use_cache=False).logits[0].float()
+    states = policy.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+    head: nn.Module = policy.model.get_output_embeddings()
+    policy.train(was_training)
+    raw = head(states).float()
+    softcap = getattr(policy.model.config.get_text_config(), "final_logit_softcapping", None)
+    scale = float((wanted * raw).sum() / raw.square().sum())
+    tolerance = 1e-4 if policy.model.dtype == torch.float32 else 2e-2
+    for candidate in ((1.0, None), (1.0, softcap), (scale, None)):
+        difference = (Readout(head, *candidate)(states).float() - wanted).abs().max()
+        if difference <= tolerance * wanted.abs().max():
+            return candidate
+    raise DataError(
+        f"{type(policy.model).__name__} changes its logits in a way that trueward does not know, "
+        "so log-probabilities would be wrong: use another language model."
+    )
 
 
 def token_logprobs(

@@ -40,8 +40,13 @@ def posterior_function(
 def _call(
     function: Callable[..., object], prompts: Sequence[Prompt], completions: Sequence[Completion]
 ) -> object:
-    named = set(inspect.signature(function).parameters) >= {"prompts", "completions"}
-    if named:
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # some functions written in C tell nothing
+        return function(prompts, completions)
+    # TRL's own examples take `(completions, **kwargs)`: they want keywords, and perhaps no prompts.
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "completions" in parameters and ("prompts" in parameters or takes_any):
         return function(prompts=prompts, completions=completions)
     return function(prompts, completions)
 
@@ -50,6 +55,8 @@ def _as_posterior(rewards: object, count: int) -> RewardPosterior:
     if not isinstance(rewards, RewardPosterior):
         if isinstance(rewards, Sequence):
             rewards = [float("nan") if r is None else float(r) for r in rewards]
+        elif rewards is None:
+            raise ValueError("The reward function returned None: it must return the rewards.")
         values = torch.as_tensor(rewards, dtype=torch.float32)
         if values.ndim != 1:
             raise ValueError(

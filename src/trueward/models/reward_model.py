@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -30,10 +30,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from trueward.data.formats import Completion, DataError, Prompt
 from trueward.data.packing import PackedBatch, group_by_prompt, token_budget_batches
-from trueward.data.tokens import Tokens, ensure_pad_token, tokenize, truncate_prompt
+from trueward.data.tokens import (
+    Tokens,
+    ensure_pad_token,
+    start_token_id,
+    tokenize,
+    truncate_prompt,
+)
 from trueward.models.backbone import (
+    add_adapters,
     can_share_prefixes,
     disable_dropout,
+    grow_vocabulary,
     hidden_states,
     make_batch,
     max_positions,
@@ -112,8 +120,9 @@ class RewardModel(nn.Module):
             raise ValueError("A backbone given as a model needs its tokenizer beside it.")
         if members < 0:
             raise ValueError(f"members must be 0 (scalar) or at least 1, got {members}.")
-        if ensure_pad_token(tokenizer) or len(tokenizer) > backbone.config.vocab_size:
-            backbone.resize_token_embeddings(len(tokenizer))
+        assert not isinstance(backbone, str | Path)
+        ensure_pad_token(tokenizer)
+        grow_vocabulary(backbone, len(tokenizer))
         disable_dropout(backbone)
         torch.manual_seed(seed)
         width = backbone.config.get_text_config().hidden_size
@@ -127,13 +136,12 @@ class RewardModel(nn.Module):
 
     def add_lora(self, rank: int, *, alpha: int | None = None) -> None:
         """Freeze the backbone and train low-rank adapters on its linear layers (and the head)."""
-        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules="all-linear")
-        self.backbone = get_peft_model(self.backbone, config)
+        self.backbone = add_adapters(self.backbone, rank=rank, alpha=alpha)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.reward_mean.device  # type: ignore[return-value]
+        return self.reward_mean.device
 
     @property
     def members(self) -> int:
@@ -158,8 +166,8 @@ class RewardModel(nn.Module):
             DataError: The completion alone does not fit.
         """
         tokens = tokenize(self.tokenizer, prompt, completion)
-        bos = self.tokenizer.bos_token_id
-        fitting = truncate_prompt(tokens, self.max_length, bos_token_id=bos)
+        start = start_token_id(self.tokenizer)
+        fitting = truncate_prompt(tokens, self.max_length, bos_token_id=start)
         if fitting is None:
             raise DataError(
                 f"a completion of {len(tokens.completion_ids)} tokens does not fit into the "
@@ -204,8 +212,11 @@ class RewardModel(nn.Module):
                 f"score needs one prompt for each completion, got {len(prompts)} prompts and "
                 f"{len(completions)} completions."
             )
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 completion, got {batch_size}.")
         if not prompts:
-            return RewardPosterior(torch.zeros(0, self.members))
+            none = torch.zeros(0, self.members)
+            return RewardPosterior(none, none if isinstance(self.head, GaussianHeads) else None)
         tokens = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             try:
@@ -218,6 +229,7 @@ class RewardModel(nn.Module):
             [t.prompt_ids for t in tokens],
             [t.completion_ids for t in tokens],
             max_tokens=max(longest, min(max_tokens, 4096)) if share else longest,
+            max_completions=batch_size,
         )
         was_training = self.training
         self.eval()
@@ -253,6 +265,11 @@ class RewardModel(nn.Module):
         Bradley-Terry leaves every member a free constant and scale; a minimum or a variance over
         members is meaningless until they share one. Use the reference policy's samples.
         """
+        if len(prompts) < 2:
+            raise DataError(
+                f"A scale needs at least two reference samples, got {len(prompts)}: give the "
+                "reference policy's completions of some hundred prompts."
+            )
         means = self.score(prompts, completions, normalise=False).means
         self.reward_mean = means.mean(0).to(self.device)
         self.reward_std = means.std(0, correction=0).clamp_min(1e-6).to(self.device)
@@ -312,7 +329,7 @@ class RewardModel(nn.Module):
         ours: dict[str, Any] = getattr(config, "trueward", None) or {}
         statistics = {k: torch.tensor(ours[k]) for k in ("reward_mean", "reward_std") if k in ours}
         head: Head | None
-        if (ours.get("head") or {}).get("kind") == "gaussian":
+        if "TruewardRewardModel" in (config.architectures or []):
             backbone, info = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
             _refuse_missing(path, info)
             head = make_head(ours["head"], config.get_text_config().hidden_size)
@@ -330,7 +347,7 @@ class RewardModel(nn.Module):
             backbone, head = _split(model)
             if head is not None and tokenizer.pad_token_id is None:
                 ensure_pad_token(tokenizer)
-                backbone.resize_token_embeddings(len(tokenizer))
+                grow_vocabulary(backbone, len(tokenizer))
         disable_dropout(backbone)
         limit = ours.get("max_length")
         model = cls(backbone, head, tokenizer, max_length=limit, **statistics)
@@ -378,9 +395,9 @@ def _refuse_missing(path: str | Path, info: dict[str, Any]) -> None:
     missing = sorted(info.get("missing_keys") or [])
     if missing:
         raise DataError(
-            f"{path} lacks the weights {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}: it is "
-            "no reward model, or one of another architecture. Train one with `trueward reward`, or "
-            "use RewardModel.from_backbone for a fresh head."
+            f"{path} lacks the weights {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}: it "
+            "is no reward model, or one of another architecture. Train one with `trueward reward`, "
+            "or use RewardModel.from_backbone for a fresh head."
         )
 
 

@@ -1,0 +1,263 @@
+"""What the training loops share: optimiser, schedule, exact resume, logging, several processes.
+
+Nothing here knows a loss. Everything random in a loop is a function of (seed, step), and the
+learning rate is a function of the step, so that weights, optimiser state and a step number are all
+that a checkpoint needs for a resumed run to end with the numbers of an unbroken one.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from trueward.train.run_folder import RunFolder, to_plain
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Options that every training command has."""
+
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03  # share of the steps in which the rate rises linearly
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    max_grad_norm: float = 1.0  # 0 = no clipping
+    adam_eps: float = 1e-8
+    seed: int = 42
+    bf16: bool = False  # autocast; heads and losses stay in float32
+    max_batch_tokens: int = 8192  # padded tokens computed at once; the batch is accumulated
+    log_every: int = 1
+    checkpoint_every: int = 50  # steps; 0 = only the finished model
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    progress: bool | None = None  # None: where there is a terminal
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
+        if self.max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens must be at least 1, got {self.max_batch_tokens}.")
+
+
+def learning_rate_at(step: int, total: int, config: LoopConfig) -> float:
+    """Return the rate of the 1-based `step` of `total`: linear warm-up, then the schedule to 0."""
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    done = (step - 1 - warmup) / max(1, total - warmup)  # 0 at the first step after the warm-up
+    factors = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": 1 - done,
+        "constant": 1.0,
+    }
+    return config.learning_rate * factors[config.schedule]
+
+
+def seed_of(*parts: object) -> int:
+    """Return a seed that is a pure function of its parts, such as (seed, "order", epoch)."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def permutation(count: int, *parts: object) -> list[int]:
+    """Return an order of `count` items, a pure function of the parts."""
+    generator = torch.Generator().manual_seed(seed_of(*parts))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+class Loop:
+    """The bookkeeping around a visible training loop.
+
+    Args:
+        config: The loop's options.
+        total_steps: Optimiser steps of the whole run.
+        modules: What is trained, by name; parameters that need no gradient are left out.
+        stage: Names the lines in `metrics.jsonl`.
+        output_dir: None keeps no files (then there is nothing to resume).
+        learning_rate_scales: Factors on the rate of single modules, by name.
+    """
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        *,
+        total_steps: int,
+        modules: dict[str, nn.Module],
+        stage: str,
+        output_dir: str | Path | None = None,
+        learning_rate_scales: dict[str, float] | None = None,
+    ) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.stage = stage
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.bf16 else "no",
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_dir=str(output_dir) if output_dir is not None else None,
+        )
+        self.folder = RunFolder(
+            output_dir, command=stage, config=config, writes=self.accelerator.is_main_process
+        )
+        if config.tracker != "none":
+            self.accelerator.init_trackers("trueward", config=_flat(to_plain(config)))
+        self.modules = {k: m.to(self.accelerator.device) for k, m in modules.items()}
+        scales = learning_rate_scales or {}
+        self.groups = [
+            {
+                "params": [p for p in m.parameters() if p.requires_grad],
+                "scale": scales.get(name, 1.0),
+            }
+            for name, m in self.modules.items()
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [g for g in self.groups if g["params"]],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            eps=config.adam_eps,
+        )
+        self.step = 0  # steps done
+        self.state: Any = None  # whatever else the loop must remember, as JSON
+        self._bar: Any = None
+
+    # ---- steps -----------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[int]:
+        """Yield the steps still to do, 1-based; checkpoints are written between them."""
+        self._resume()
+        self._bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc=self.stage,
+            unit="step",
+            disable=None if self.config.progress is None else not self.config.progress,
+        )
+        while self.step < self.total_steps:
+            torch.manual_seed(seed_of(self.config.seed, self.stage, self.step + 1))  # dropout
+            yield self.step + 1
+            self.step += 1
+            self._bar.update()
+            every = self.config.checkpoint_every
+            if every and self.step % every == 0 and self.step < self.total_steps:
+                self.checkpoint()
+        self._bar.close()
+        if self.config.tracker != "none":
+            self.accelerator.end_training()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one part of the batch; parts are scaled to sum to the batch."""
+        self.accelerator.backward(loss)
+
+    def update(self) -> float:
+        """Sum gradients over processes, clip, set the rate, step; return the gradient's norm."""
+        rate = learning_rate_at(self.step + 1, self.total_steps, self.config)
+        norms = []
+        for group in self.optimizer.param_groups:
+            self._reduce_gradients(group["params"])
+            limit = self.config.max_grad_norm or math.inf
+            norms.append(float(nn.utils.clip_grad_norm_(group["params"], limit)))
+            group["lr"] = rate * group["scale"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return math.hypot(*norms)
+
+    def _reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:  # a process whose share did not touch it
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+
+    # ---- several processes -----------------------------------------------------------------
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Return this process's part of the items (every n-th one)."""
+        return list(items[self.accelerator.process_index :: self.accelerator.num_processes])
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        """Return the values of all processes, in one list."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        gathered: list[T] = gather_object(list(values))
+        return gathered
+
+    # ---- numbers ---------------------------------------------------------------------------
+
+    def log(self, metrics: dict[str, float], *, show: Sequence[str] = ()) -> None:
+        """Write the step's metrics; `show` names those beside the progress bar."""
+        step = self.step + 1
+        if step % self.config.log_every and step != self.total_steps:
+            return
+        self.folder.log(self.stage, step, metrics)
+        if self._bar is not None:
+            self._bar.set_postfix({k: f"{metrics[k]:.3g}" for k in show if k in metrics})
+        if self.config.tracker != "none":
+            self.accelerator.log({f"{self.stage}/{k}": v for k, v in metrics.items()}, step=step)
+
+    def finish(self, metrics: dict[str, Any], save: Callable[[Path], object] | None = None) -> None:
+        """Save what was trained, then write the summary: its presence says that all is there."""
+        if self.folder.path is not None and self.folder.writes and save is not None:
+            save(self.folder.path / "model")
+        self.folder.finish(metrics, seed=self.config.seed)
+        self.accelerator.wait_for_everyone()
+
+    # ---- checkpoints -----------------------------------------------------------------------
+
+    def checkpoint(self) -> None:
+        """Write weights, optimiser state and step."""
+        tensors: dict[str, Tensor] = dict(self._named_parameters())
+        for i, state in enumerate(self._optimizer_states()):
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        self.folder.save_checkpoint(self.step, tensors, self.state)
+
+    def _resume(self) -> None:
+        found = self.folder.load_checkpoint()
+        if found is None:
+            return
+        self.step, tensors, self.state = found
+        with torch.no_grad():
+            for name, parameter in self._named_parameters():
+                parameter.copy_(tensors[name])
+        flat = [p for g in self.optimizer.param_groups for p in g["params"]]
+        for i, parameter in enumerate(flat):
+            prefix = f"optimizer.{i}."
+            self.optimizer.state[parameter] = {
+                # AdamW counts its steps in a CPU tensor, whatever the device
+                k.removeprefix(prefix): t if k.endswith(".step") else t.to(parameter.device)
+                for k, t in tensors.items()
+                if k.startswith(prefix)
+            }
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, module in self.modules.items():
+            for key, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{name}.{key}", parameter
+
+    def _optimizer_states(self) -> Iterator[dict[str, Tensor]]:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield self.optimizer.state.get(parameter, {})
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a configuration as trackers want it: one level, plain values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

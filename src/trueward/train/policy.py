@@ -1,0 +1,403 @@
+"""Policy optimisation: PPO with a critic, RLOO and GRPO in one visible loop.
+
+Each step draws completions, scores them, pays `score - kl_coef * (log pi - log ref)` (k1, detached,
+unclamped, spread over the tokens), makes advantages and takes clipped policy-gradient steps.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from trueward import objectives
+from trueward.data.formats import Prompt, PromptRow
+from trueward.data.packing import Group, PackedBatch, group_by_prompt, token_budget_batches
+from trueward.losses.policy import (
+    generalized_advantages,
+    group_advantages,
+    kl_estimate,
+    leave_one_out_advantages,
+    masked_mean,
+    masked_whiten,
+    ppo_clip_loss,
+    terminal_rewards,
+    value_clip_loss,
+)
+from trueward.models.backbone import can_share_prefixes, make_batch
+from trueward.models.policy import Policy, ValueModel
+from trueward.models.reward_function import Reward, posterior_function
+from trueward.models.reward_model import RewardModel
+from trueward.posterior import RewardPosterior
+from trueward.sampling import Sample, SamplingConfig, sample
+from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
+
+Objective = Callable[[RewardPosterior], Tensor]
+Evaluation = Callable[[Policy, int], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(LoopConfig):
+    """Options of `train_policy`."""
+
+    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
+    steps: int = 100  # rounds of sampling and learning
+    prompts_per_step: int = 32
+    completions_per_prompt: int = 4  # rloo and grpo need at least 2
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    kl_coef: float = 0.02  # price of a nat of k1, in units of the reward
+    inner_epochs: int = 1  # passes over a step's completions
+    minibatches: int = 1  # optimiser updates for each pass
+    clip_range: float = 0.2
+    learning_rate: float = 1e-6
+    adam_eps: float = 1e-5
+    warmup_ratio: float = 0.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    value_coef: float = 0.5
+    value_clip_range: float = 0.2
+    value_learning_rate_scale: float = 1.0  # the critic's rate over the policy's
+    whiten_rewards: bool = False  # divides by their std without moving the mean
+    scale_advantages: bool = True  # ppo: whiten them; grpo: divide by the group's std
+    missing_eos_penalty: float = 0.0  # taken from a completion that was cut off
+    reward_clip: float = 0.0  # clip scores to [-x, x]; 0 = off
+    evaluate_every: int = 0  # steps between calls of `evaluation`; 0 = only at the end
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.algorithm != "ppo" and self.completions_per_prompt < 2:
+            raise ValueError(
+                f"{self.algorithm} compares completions of one prompt: completions_per_prompt must "
+                f"be at least 2, got {self.completions_per_prompt}."
+            )
+        if self.minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"minibatches ({self.minibatches}) cannot exceed prompts_per_step "
+                f"({self.prompts_per_step}): a prompt's completions stay together."
+            )
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
+
+
+class Rollouts(NamedTuple):
+    """One step's completions with what was true when they were drawn, on the CPU."""
+
+    samples: list[Sample]
+    scores: Float[Tensor, " completion"]  # the objective's reward, with penalties; may be NaN
+    logprobs: Float[Tensor, "completion token"]
+    ref_logprobs: Float[Tensor, "completion token"]
+    values: Float[Tensor, "completion token"]  # zero without a critic
+    mask: Bool[Tensor, "completion token"]
+
+
+def train_policy(
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[PromptRow | Prompt],
+    config: PolicyConfig,
+    *,
+    objective: Objective = objectives.mean,
+    critic: ValueModel | None = None,
+    output_dir: str | Path | None = None,
+    evaluation: Evaluation | None = None,
+) -> Policy:
+    """Optimise the policy against a reward, less a KL penalty to where it started.
+
+    Args:
+        policy: Trained in place; with an adapter, the reference is the adapter switched off, else
+            a frozen copy.
+        reward: A reward model, several of them (their members become one posterior), or a
+            function of (prompts, completions).
+        prompts: Strings, lists of messages, or rows that hold them.
+        config: Options.
+        objective: Turns the reward's posterior into the number to optimise.
+        critic: For ppo; None starts it from the reward model where it reads the policy's tokens,
+            else from the policy.
+        output_dir: Metrics, checkpoints, `model/`; a killed run given the same folder goes on.
+        evaluation: Called with (policy, step) every `evaluate_every` steps and at the end.
+
+    Raises:
+        ValueError: A step in which no completion got a finite reward.
+    """
+    posterior_of = posterior_function(reward)
+    texts = [p.prompt if isinstance(p, PromptRow) else p for p in prompts]
+    ref = None if policy.has_adapter else policy.frozen_copy()
+    modules: dict[str, torch.nn.Module] = {"policy": policy}
+    if config.algorithm == "ppo":
+        critic = critic or _critic(reward, policy)
+        modules["critic"] = critic
+    loop = Loop(
+        config,
+        total_steps=config.steps,
+        modules=modules,
+        stage="policy",
+        output_dir=output_dir,
+        learning_rate_scales={"critic": config.value_learning_rate_scale},
+    )
+    if ref is not None:
+        ref.to(policy.device)
+    metrics: dict[str, float] = {}
+    for step in loop.steps():
+        chosen = _prompts_of_step(len(texts), config, step)
+        mine = loop.share(list(range(len(chosen))))
+        samples = sample(
+            policy,
+            [texts[chosen[i]] for i in mine],
+            SamplingConfig(
+                n=config.completions_per_prompt,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                max_new_tokens=config.max_new_tokens,
+                max_tokens=config.max_batch_tokens,
+                seed=seed_of(config.seed, "sample", step),
+            ),
+            indices=mine,
+        )
+        samples = sorted(loop.gather(samples), key=lambda s: s.prompt_index)
+        prompts_in = [texts[chosen[s.prompt_index]] for s in samples]
+        posterior = posterior_of(prompts_in, [_as_completion(p, s) for p, s in
+                                              zip(prompts_in, samples, strict=True)])  # fmt: skip
+        scores = penalised(objective(posterior).float(), samples, config)
+        if not scores.isfinite().any():
+            raise ValueError(f"No completion of step {step} got a finite reward.")
+        rollouts = observe(policy, ref, critic, samples, scores, config)
+        advantages, returns = advantages_of(rollouts, config)
+
+        metrics = rollout_metrics(rollouts) | objectives.robust_diagnostics(posterior)
+        metrics |= _learn(policy, critic, rollouts, advantages, returns, loop, config, step)
+        every = config.evaluate_every
+        if evaluation and (step == config.steps or (every and step % every == 0)):
+            metrics |= evaluation(policy, step)
+        loop.log(metrics, show=["reward", "kl/k1", "length"])
+    policy.eval()
+    if not metrics and evaluation:  # resumed after the last step
+        metrics = evaluation(policy, config.steps)
+    loop.finish(metrics, policy.save_pretrained)
+    return policy
+
+
+def _learn(
+    policy: Policy,
+    critic: ValueModel | None,
+    rollouts: Rollouts,
+    advantages: Tensor,
+    returns: Tensor,
+    loop: Loop,
+    config: PolicyConfig,
+    step: int,
+) -> dict[str, float]:
+    """Take the step's clipped policy-gradient (and value) updates; return their mean numbers."""
+    policy.train()
+    totals: dict[str, float] = {}
+    updates = 0
+    for epoch in range(config.inner_epochs):
+        order = permutation(config.prompts_per_step, config.seed, "minibatch", step, epoch)
+        for part in range(config.minibatches):
+            in_part = set(order[part :: config.minibatches])
+            rows = [i for i, s in enumerate(rollouts.samples) if s.prompt_index in in_part]
+            tokens = int(rollouts.mask[rows].sum())
+            numbers = {
+                "loss/policy": 0.0,
+                "loss/value": 0.0,
+                "clip_fraction": 0.0,
+                "kl/update": 0.0,
+            }
+            for batch, where in _batches(policy, rollouts.samples, loop.share(rows), config):
+                old = _rows(rollouts.logprobs, where, batch)
+                with loop.accelerator.autocast():
+                    logprobs = policy(batch, temperature=_temperature(config)).logprobs
+                losses = ppo_clip_loss(
+                    logprobs, old, _rows(advantages, where, batch), clip_range=config.clip_range
+                )
+                mask = batch.mask
+                loss = losses[mask].sum() / tokens
+                if critic is not None:
+                    with loop.accelerator.autocast():
+                        values = critic(batch)
+                    value_losses = value_clip_loss(
+                        values,
+                        _rows(rollouts.values, where, batch),
+                        _rows(returns, where, batch),
+                        clip_range=config.value_clip_range,
+                    )
+                    value_loss = value_losses[mask].sum() / tokens
+                    numbers["loss/value"] += value_loss.item()
+                    loop.backward(loss + config.value_coef * value_loss)
+                else:
+                    loop.backward(loss)
+                ratio = (logprobs.detach() - old)[mask].exp()
+                clipped = (ratio - 1).abs() > config.clip_range
+                numbers["loss/policy"] += loss.item()
+                numbers["clip_fraction"] += clipped.sum().item() / tokens
+                numbers["kl/update"] += (old - logprobs.detach())[mask].sum().item() / tokens
+            numbers["grad_norm"] = loop.update()
+            updates += 1
+            for key, value in numbers.items():
+                totals[key] = totals.get(key, 0.0) + value
+    policy.eval()
+    return {key: value / updates for key, value in totals.items()}
+
+
+@torch.no_grad()
+def observe(
+    policy: Policy,
+    ref: Policy | None,
+    critic: ValueModel | None,
+    samples: list[Sample],
+    scores: Tensor,
+    config: PolicyConfig,
+) -> Rollouts:
+    """Compute log-probabilities under policy and reference, and values, of a step's completions.
+
+    The policy's own are computed again as training computes them, so that the first ratio is 1 to
+    the last bit whatever engine wrote the completions. `ref=None`: the adapter is switched off.
+    """
+    width = max(len(s.completion_ids) for s in samples)
+    logprobs, ref_logprobs, values = (torch.zeros(len(samples), width) for _ in range(3))
+    mask = torch.zeros(len(samples), width, dtype=torch.bool)
+    for batch, where in _batches(policy, samples, list(range(len(samples))), config):
+        some = batch.mask.shape[1]
+        temperature = _temperature(config)
+        logprobs[where, :some] = policy(batch, temperature=temperature).logprobs.cpu()
+        with policy.adapter_off() if ref is None else contextlib.nullcontext(ref) as reference:
+            scored = reference(batch, temperature=temperature)
+            ref_logprobs[where, :some] = scored.logprobs.cpu()
+        if critic is not None:
+            values[where, :some] = critic(batch).cpu()
+        mask[where, :some] = batch.mask.cpu()
+    return Rollouts(samples, scores.cpu(), logprobs, ref_logprobs, values, mask)
+
+
+def advantages_of(
+    rollouts: Rollouts, config: PolicyConfig
+) -> tuple[Float[Tensor, "completion token"], Float[Tensor, "completion token"]]:
+    """Return advantages and value targets of each token; zero where the reward is not finite.
+
+    PPO pays k1 at every token and the score at the last, then GAE. RLOO and GRPO compare whole
+    completions of a prompt by `score - kl_coef * sum of k1`, and give all tokens one advantage.
+    """
+    valid = rollouts.scores.isfinite()
+    mask = rollouts.mask & valid[:, None]
+    kl = kl_estimate(rollouts.logprobs, rollouts.ref_logprobs, estimator="k1")
+    if config.algorithm == "ppo":
+        scores = rollouts.scores.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        rewards = terminal_rewards(kl, scores, rollouts.mask, kl_coef=config.kl_coef)
+        if config.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        advantages, returns = generalized_advantages(
+            rewards, rollouts.values, rollouts.mask, gamma=config.gamma, lam=config.gae_lambda
+        )
+        # A completion without a reward teaches neither policy nor critic.
+        returns = torch.where(mask, returns, rollouts.values)
+        advantages = torch.where(mask, advantages, 0.0)
+        if config.scale_advantages:
+            advantages = masked_whiten(advantages, mask)
+        return advantages, returns
+    whole = rollouts.scores - config.kl_coef * (kl * rollouts.mask).sum(1)
+    groups = whole.view(-1, config.completions_per_prompt)  # prompts in order, samples within
+    if config.algorithm == "rloo":
+        each = leave_one_out_advantages(groups)
+    else:
+        each = group_advantages(groups, scale=config.scale_advantages)
+    advantages = each.reshape(-1, 1) * mask
+    return advantages, torch.zeros_like(advantages)
+
+
+def penalised(
+    scores: Float[Tensor, " completion"], samples: Sequence[Sample], config: PolicyConfig
+) -> Float[Tensor, " completion"]:
+    """Clip scores, then take the penalty from completions that were cut off before their EOS."""
+    if config.reward_clip:
+        scores = scores.clamp(-config.reward_clip, config.reward_clip)
+    cut_off = torch.tensor([not s.finished for s in samples], device=scores.device)
+    return scores - config.missing_eos_penalty * cut_off
+
+
+def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Return the numbers of a step's completions; KL in nats for each completion."""
+    scores = rollouts.scores[rollouts.scores.isfinite()]
+    metrics = {
+        "reward": scores.mean().item(),
+        "reward_std": scores.std(correction=0).item(),
+        "reward_nonfinite": float(len(rollouts.scores) - len(scores)),
+        "length": rollouts.mask.sum(1).float().mean().item(),
+        "finished": sum(s.finished for s in rollouts.samples) / len(rollouts.samples),
+        "logprob": masked_mean(rollouts.logprobs, rollouts.mask).item(),
+    }
+    for estimator in ("k1", "k2", "k3"):
+        kl = kl_estimate(rollouts.logprobs, rollouts.ref_logprobs, estimator=estimator)
+        metrics[f"kl/{estimator}"] = (kl * rollouts.mask).sum(1).mean().item()
+    return metrics
+
+
+def _batches(
+    policy: Policy, samples: Sequence[Sample], rows: Sequence[int], config: PolicyConfig
+) -> list[tuple[PackedBatch, list[int]]]:
+    """Pack completions by prompt within the token budget; return batches and their rows."""
+    groups: list[Group]
+    share = can_share_prefixes(policy.backbone)
+    longest = max(len(samples[i].prompt_ids) + len(samples[i].completion_ids) for i in rows)
+    groups, members = group_by_prompt(
+        [samples[i].prompt_ids for i in rows],
+        [samples[i].completion_ids for i in rows],
+        max_tokens=max(longest, min(config.max_batch_tokens, 4096)) if share else longest,
+    )
+    out = []
+    for some in token_budget_batches(
+        groups, max_tokens=config.max_batch_tokens, shared_prefix=share
+    ):
+        batch = make_batch(
+            policy.backbone,
+            [groups[g] for g in some],
+            pad_id=policy.tokenizer.pad_token_id,
+            shared_prefix=share,
+        )
+        out.append((batch, [rows[i] for g in some for i in members[g]]))
+    return out
+
+
+def _rows(values: Tensor, where: list[int], batch: PackedBatch) -> Tensor:
+    """Pick a batch's rows and columns of a step's tensor."""
+    width = batch.mask.shape[1]
+    return values[where, :width].to(batch.rows.device)
+
+
+def _prompts_of_step(count: int, config: PolicyConfig, step: int) -> list[int]:
+    """Return the step's prompts: a seeded order without repeats, pass after pass."""
+    first = (step - 1) * config.prompts_per_step
+    out: list[int] = []
+    for position in range(first, first + config.prompts_per_step):
+        epoch, at = divmod(position, count)
+        if not out or at == 0:
+            order = permutation(count, config.seed, "prompts", epoch)
+        out.append(order[at])
+    return out
+
+
+def _as_completion(prompt: Prompt, drawn: Sample) -> str | list[dict[str, str]]:
+    """Give messages to rewards that get messages, text to those that get text."""
+    if isinstance(prompt, str):
+        return drawn.text
+    return [{"role": "assistant", "content": drawn.text}]
+
+
+def _temperature(config: PolicyConfig) -> float:
+    return config.temperature or 1.0
+
+
+def _critic(reward: Reward, policy: Policy) -> ValueModel:
+    """Start from the (first) reward model where it reads the policy's tokens, else the policy."""
+    first = reward[0] if isinstance(reward, Sequence) else reward
+    if (
+        isinstance(first, RewardModel)
+        and first.head is not None
+        and first.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    ):
+        return ValueModel.from_reward_model(first)
+    return ValueModel.from_policy(policy)

@@ -1,0 +1,233 @@
+"""Reward-model training on preferences: Bradley-Terry, one scalar head or K Gaussian members."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from trueward.data.formats import DataError, LoadReport, PreferenceRow
+from trueward.data.packing import Group, token_budget_batches
+from trueward.data.tokens import tokenize
+from trueward.losses.preference import bradley_terry_loss, centring_loss
+from trueward.losses.uncertainty import bt_marginal_loss, bt_reparam_loss
+from trueward.models.backbone import can_share_prefixes, make_batch
+from trueward.models.reward_model import RewardModel
+from trueward.posterior import RewardPosterior
+from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
+
+Evaluation = Callable[[RewardModel], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(LoopConfig):
+    """Options of `train_reward`."""
+
+    learning_rate: float = 1e-5
+    epochs: float = 1.0
+    batch_size: int = 32  # pairs for each optimiser step
+    max_length: int = 1024  # tokens of prompt and completion
+    centring: float = 0.01  # coefficient of (r_chosen + r_rejected)^2; removes a free constant
+    label_smoothing: float = 0.0  # in [0, 0.5)
+    gaussian_loss: Literal["bt_marginal", "bt_reparam"] = "bt_marginal"  # for Gaussian heads
+    subset: float = 0.8  # share of the pairs that each Gaussian member sees; 1 = all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.subset <= 1:
+            raise ValueError(f"subset must lie in (0, 1], got {self.subset}.")
+
+
+class Pair(NamedTuple):
+    """One preference as ids: the prompt once, then chosen and rejected."""
+
+    group: Group
+    margin: float
+
+
+def train_reward(
+    reward_model: RewardModel,
+    preferences: Sequence[PreferenceRow],
+    config: RewardConfig,
+    *,
+    output_dir: str | Path | None = None,
+    report: LoadReport | None = None,
+    auxiliary: nn.Module | None = None,
+    evaluation: Evaluation | None = None,
+    reference: tuple[Sequence, Sequence] | None = None,
+) -> RewardModel:
+    """Train the head, and whatever of the backbone wants gradients, on preference pairs.
+
+    A scalar head minimises `-log sigmoid(r_chosen - r_rejected - margin)`; Gaussian heads minimise
+    `config.gaussian_loss`, each member on its own fixed subset of the pairs. Both add
+    `centring * (r_chosen + r_rejected)^2`.
+
+    Args:
+        reward_model: Trained in place.
+        preferences: Pairs; one whose longer side does not fit is left out and counted in
+            `report`, a long prompt loses its beginning.
+        config: Options.
+        output_dir: Metrics, checkpoints, `model/`; a killed run given the same folder goes on.
+        report: Receives the rows that do not fit.
+        auxiliary: A module trained beside the model and thrown away after; called as
+            `auxiliary(reward_model, step)` it returns a loss to add and metrics to log
+            (`refine.multiview.MultiView` is one).
+        evaluation: Called at the end; its numbers stand in the summary and the model card.
+        reference: (prompts, completions) of the reference policy, on which members are put on
+            one scale; without them, the training pairs' own completions serve.
+
+    Raises:
+        DataError: No pair fits `max_length`.
+    """
+    if reward_model.head is None:
+        raise DataError(
+            "This model keeps the head it was published with, which trueward does not train: "
+            "start from its backbone with RewardModel.from_backbone."
+        )
+    pairs = encode_pairs(reward_model, preferences, config.max_length, report)
+    seen = member_subsets(
+        len(pairs), reward_model.members, share=config.subset, seed=config.seed
+    )  # [pair, member]
+    batch_size = min(config.batch_size, len(pairs))
+    per_epoch = len(pairs) // batch_size
+    total = max(1, round(config.epochs * per_epoch))
+    modules: dict[str, nn.Module] = {"reward_model": reward_model}
+    if auxiliary is not None:
+        modules["auxiliary"] = auxiliary
+    loop = Loop(config, total_steps=total, modules=modules, stage="reward", output_dir=output_dir)
+    share_prefix = can_share_prefixes(reward_model.backbone)
+    reward_model.train()
+    recent: list[float] = []
+    for step in loop.steps():
+        epoch, at = divmod(step - 1, per_epoch)
+        order = permutation(len(pairs), config.seed, "reward", epoch)
+        batch = order[at * batch_size : (at + 1) * batch_size]
+        weight = seen[batch].sum().clamp_min(1).item()
+        mine = loop.share(batch)
+        groups = [pairs[i].group for i in mine]
+        loss, margins, rewards = 0.0, [], []
+        for some in token_budget_batches(
+            groups, max_tokens=config.max_batch_tokens, shared_prefix=share_prefix
+        ):
+            packed = make_batch(
+                reward_model.backbone,
+                [groups[i] for i in some],
+                pad_id=reward_model.tokenizer.pad_token_id,
+            )
+            with loop.accelerator.autocast():
+                posterior = reward_model(packed)
+            where = torch.tensor([mine[i] for i in some])
+            pair_margins = torch.tensor([pairs[i].margin for i in where.tolist()])
+            losses = pair_losses(
+                posterior, pair_margins.to(reward_model.device), config
+            )  # [pair, member]
+            part = (losses * seen[where].to(losses.device)).sum() / weight
+            loop.backward(part)
+            loss += part.item()
+            means = posterior.means.detach().mean(1)
+            margins += (means[0::2] - means[1::2]).tolist()
+            rewards += means.tolist()
+        metrics = {}
+        if auxiliary is not None:
+            extra, metrics = auxiliary(reward_model, step)
+            # Every process draws the same auxiliary batch; gradients are summed over them.
+            loop.backward(extra / loop.accelerator.num_processes)
+        norm = loop.update()
+        loss = sum(loop.gather([loss]))
+        margins, rewards = loop.gather(margins), loop.gather(rewards)
+        accuracy = sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)
+        recent = [*recent[-19:], accuracy]
+        metrics |= {
+            "loss": loss,
+            "accuracy": accuracy,
+            "margin": sum(margins) / len(margins),
+            "mean_reward": sum(rewards) / len(rewards),
+            "min_reward": min(rewards),
+            "max_reward": max(rewards),
+            "grad_norm": norm,
+            "epoch": epoch + 1,
+        }
+        loop.log(metrics, show=["loss", "accuracy"])
+    reward_model.eval()
+    prompts, completions = reference or _own_completions(preferences)
+    reward_model.set_normalisation(prompts, completions)
+    evaluated = evaluation(reward_model) if evaluation else {}
+    reward_model.facts |= {"pairs": len(pairs), **evaluated}
+    loop.finish({"steps": total, "pairs": len(pairs), **evaluated}, reward_model.save_pretrained)
+    return reward_model
+
+
+def pair_losses(posterior: RewardPosterior, margins: Tensor, config: RewardConfig) -> Tensor:
+    """Return the loss of each pair under each member, `[pair, member]`.
+
+    `posterior` holds chosen and rejected in turn, as packed pairs come out of the model.
+    """
+    chosen, rejected = posterior.means[0::2], posterior.means[1::2]
+    if posterior.stds is None:
+        losses = bradley_terry_loss(
+            chosen[:, 0], rejected[:, 0], margin=margins, label_smoothing=config.label_smoothing
+        )[:, None]
+    else:
+        loss = GAUSSIAN_LOSSES[config.gaussian_loss]
+        losses = loss(
+            chosen - margins[:, None], posterior.stds[0::2], rejected, posterior.stds[1::2]
+        )
+    return losses + config.centring * centring_loss(chosen, rejected)
+
+
+# What each Gaussian member learns from a pair; draws come from the step's own seed (see Loop).
+GAUSSIAN_LOSSES = {"bt_marginal": bt_marginal_loss, "bt_reparam": bt_reparam_loss}
+
+
+def member_subsets(
+    pairs: int, members: int, *, share: float, seed: int
+) -> Bool[Tensor, "pair member"]:
+    """Return which pairs each member sees: fixed over epochs, a function of seed and pair.
+
+    A scalar model (one member) sees all. Every pair is seen by someone.
+    """
+    if members == 1 or share == 1:
+        return torch.ones(pairs, members, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed_of(seed, "subsets"))
+    seen = torch.rand(pairs, members, generator=generator) < share
+    orphans = ~seen.any(1)
+    seen[orphans] = True
+    return seen
+
+
+def encode_pairs(
+    reward_model: RewardModel,
+    preferences: Sequence[PreferenceRow],
+    max_length: int,
+    report: LoadReport | None = None,
+) -> list[Pair]:
+    """Tokenise pairs; both sides keep the same part of the prompt, and all of their own text."""
+    limit = min(max_length, reward_model.max_length)
+    bos = reward_model.tokenizer.bos_token_id
+    pairs = []
+    for row in preferences:
+        prompt, chosen = tokenize(reward_model.tokenizer, row.prompt, row.chosen)
+        rejected = tokenize(reward_model.tokenizer, row.prompt, row.rejected).completion_ids
+        room = limit - max(len(chosen), len(rejected))
+        if room < 1:
+            if report is not None:
+                longest = max(len(chosen), len(rejected))
+                report.add("over-long", row.where, f"a side has {longest} tokens of {limit}")
+            continue
+        if room < len(prompt):
+            keeps_bos = prompt[0] == bos and room > 1
+            prompt = [bos, *prompt[1 - room :]] if keeps_bos else prompt[-room:]
+        pairs.append(Pair(Group(prompt, [chosen, rejected]), row.margin or 0.0))
+    if not pairs:
+        raise DataError(f"No preference pair fits max_length={limit}: raise it.")
+    return pairs
+
+
+def _own_completions(
+    preferences: Sequence[PreferenceRow], limit: int = 256
+) -> tuple[Sequence, Sequence]:
+    rows = preferences[:limit]
+    return [r.prompt for r in rows for _ in "cr"], [c for r in rows for c in (r.chosen, r.rejected)]

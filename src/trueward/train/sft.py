@@ -1,0 +1,108 @@
+"""Supervised fine-tuning: the policy learns to write the demonstrations."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trueward.data.formats import DataError, DemonstrationRow, LoadReport
+from trueward.data.packing import Group, token_budget_batches
+from trueward.data.tokens import tokenize, truncate_prompt
+from trueward.models.backbone import make_batch
+from trueward.models.policy import Policy
+from trueward.train.loop import Loop, LoopConfig, permutation
+
+Evaluation = Callable[[Policy], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(LoopConfig):
+    """Options of `train_sft`; the defaults are AlpacaFarm's."""
+
+    learning_rate: float = 2e-5
+    epochs: float = 3.0
+    batch_size: int = 128  # demonstrations for each optimiser step
+    max_length: int = 512  # tokens of prompt and completion
+
+
+def train_sft(
+    policy: Policy,
+    demonstrations: Sequence[DemonstrationRow],
+    config: SFTConfig,
+    *,
+    output_dir: str | Path | None = None,
+    report: LoadReport | None = None,
+    evaluation: Evaluation | None = None,
+) -> Policy:
+    """Minimise the mean negative log-likelihood of the completions' tokens (EOS included).
+
+    Args:
+        policy: Trained in place.
+        demonstrations: Prompts and completions; a completion that does not fit is left out and
+            counted in `report`, a long prompt loses its beginning.
+        config: Options.
+        output_dir: Metrics, checkpoints, `model/`; a killed run given the same folder goes on.
+        report: Receives the rows that do not fit.
+        evaluation: Called at the end; its numbers stand in the summary.
+
+    Raises:
+        DataError: No demonstration fits `max_length`.
+    """
+    groups = _encode(policy, demonstrations, config, report)
+    batch_size = min(config.batch_size, len(groups))
+    per_epoch = len(groups) // batch_size
+    total = max(1, round(config.epochs * per_epoch))
+    loop = Loop(
+        config, total_steps=total, modules={"policy": policy}, stage="sft", output_dir=output_dir
+    )
+    pad_id = policy.tokenizer.pad_token_id
+    policy.train()
+    losses: list[float] = []
+    for step in loop.steps():
+        epoch, at = divmod(step - 1, per_epoch)
+        order = permutation(len(groups), config.seed, "sft", epoch)
+        batch = [groups[i] for i in order[at * batch_size : (at + 1) * batch_size]]
+        tokens = sum(len(g.completions[0]) for g in batch)
+        mine = loop.share(batch)
+        loss = 0.0
+        for some in token_budget_batches(mine, max_tokens=config.max_batch_tokens):
+            packed = make_batch(policy.backbone, [mine[i] for i in some], pad_id=pad_id)
+            with loop.accelerator.autocast():
+                scores = policy(packed)
+            part = -scores.logprobs.sum() / tokens
+            loop.backward(part)
+            loss += part.item()
+        norm = loop.update()
+        losses.append(sum(loop.gather([loss])))
+        loop.log(
+            {"loss": losses[-1], "num_tokens": tokens, "grad_norm": norm, "epoch": epoch + 1},
+            show=["loss"],
+        )
+    policy.eval()
+    metrics: dict[str, float] = {"steps": total, "demonstrations": len(groups)}
+    if losses:  # none where a finished run was only loaded again
+        last = losses[-max(1, len(losses) // 10) :]
+        metrics["loss"] = sum(last) / len(last)
+    metrics |= evaluation(policy) if evaluation else {}
+    loop.finish(metrics, policy.save_pretrained)
+    return policy
+
+
+def _encode(
+    policy: Policy,
+    demonstrations: Sequence[DemonstrationRow],
+    config: SFTConfig,
+    report: LoadReport | None,
+) -> list[Group]:
+    limit = min(config.max_length, policy.max_length)
+    groups = []
+    for row in demonstrations:
+        tokens = tokenize(policy.tokenizer, row.prompt, row.completion)
+        fitting = truncate_prompt(tokens, limit, bos_token_id=policy.tokenizer.bos_token_id)
+        if fitting is not None:
+            groups.append(Group(fitting.prompt_ids, [fitting.completion_ids]))
+        elif report is not None:
+            length = len(tokens.completion_ids)
+            report.add("over-long", row.where, f"the completion has {length} tokens of {limit}")
+    if not groups:
+        raise DataError(f"No demonstration fits max_length={limit}: raise it.")
+    return groups
