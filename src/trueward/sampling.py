@@ -1,8 +1,11 @@
 """Completions from a policy: n for each prompt, seeded, finished rows leaving the batch."""
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache
 
-from trueward.data.formats import DataError, Prompt
+from trueward.data.formats import DataError, Prompt, read_jsonl, write_jsonl
 from trueward.data.tokens import prompt_ids as ids_of_prompt
 from trueward.models.policy import Policy
 
@@ -111,6 +114,61 @@ def sample(
     bar.close()
     policy.train(was_training)
     return sorted(samples, key=lambda s: s.prompt_index)  # stable: samples keep their index
+
+
+def sample_to_file(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    path: str | Path,
+    *,
+    shard_size: int = 64,
+    progress: bool | None = False,
+) -> dict[str, float]:
+    """Draw completions into a JSONL file, a row for each prompt, and return their statistics.
+
+    Rows hold `prompt`, `completions`, `finished` and `logps` (each completion's summed
+    log-probability). Prompts are worked off in shards kept beside the file until all are there, so
+    a killed run goes on at its first missing shard and ends with the same file.
+    """
+    path = Path(path)
+    shards = path.with_suffix(".shards")
+    shards.mkdir(parents=True, exist_ok=True)
+    files = []
+    starts = range(0, len(prompts), shard_size)
+    hidden = None if progress is None else not progress
+    for start in tqdm(starts, desc="sample", unit="shard", disable=hidden):
+        files.append(shards / f"{start:08d}.jsonl")
+        if files[-1].exists():
+            continue
+        some = prompts[start : start + shard_size]
+        drawn = sample(policy, some, config, indices=range(start, start + len(some)))
+        write_jsonl(files[-1], [_row(prompts[i], list(g)) for i, g in
+                                groupby(drawn, key=lambda s: s.prompt_index)])  # fmt: skip
+    rows = [row for file in files for _, row in read_jsonl(file)]
+    write_jsonl(path, rows)
+    shutil.rmtree(shards)
+    completions = [c for row in rows for c in row["completions"]]
+    return {
+        "prompts": len(rows),
+        "completions": len(completions),
+        "finished": sum(f for row in rows for f in row["finished"]) / max(1, len(completions)),
+        "mean_characters": sum(map(len, completions)) / max(1, len(completions)),
+    }
+
+
+def read_samples(path: str | Path) -> list[tuple[Prompt, list[str]]]:
+    """Return the prompts of a file of `sample_to_file`, each with its completions."""
+    return [(row["prompt"], row["completions"]) for _, row in read_jsonl(path)]
+
+
+def _row(prompt: Prompt, drawn: list[Sample]) -> dict[str, object]:
+    return {
+        "prompt": prompt,
+        "completions": [s.text for s in drawn],
+        "finished": [s.finished for s in drawn],
+        "logps": [round(sum(s.logprobs), 4) for s in drawn],
+    }
 
 
 def _chunks(order: list[int], encoded: list[list[int]], config: SamplingConfig) -> list[list[int]]:

@@ -4,10 +4,10 @@ Nothing here is downloaded: the tokenizer is trained on the spot, the models hav
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -18,49 +18,12 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-# One turn per line; the completion follows "### Response:" with no separator, as in AlpacaFarm.
-ALPACA_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
-    "{% elif message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
-    "{% else %}### Response:{{ message['content'] }}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}### Response:{% endif %}"
-)
+from trueward.models.scratch import train_bpe_tokenizer
 
-_WORDS = (
+_WORDS = (  # noqa: SIM905
     "the a red blue green big small cat dog bird house tree sees likes finds runs sleeps and but "
     "then quickly slowly today never always why what how tell me about please explain . ? !"
 ).split()
-
-
-def train_bpe_tokenizer(
-    texts: Iterable[str], *, vocab_size: int = 4096, model_max_length: int = 1024
-) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with distinct BOS, EOS and PAD tokens and a chat template.
-
-    Pad and EOS differ on purpose: where they coincide, masks made from ids hide the EOS
-    (https://arxiv.org/abs/2403.17031).
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        model_max_length=model_max_length,
-    )
-    fast.chat_template = ALPACA_CHAT_TEMPLATE
-    return fast
 
 
 def tiny_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
@@ -81,11 +44,11 @@ def tiny_config(
     pad_token_id: int = 0,
     bos_token_id: int = 1,
     eos_token_id: int = 2,
-    **overrides: object,
+    **overrides: Any,
 ) -> PreTrainedConfig:
     """Return a small configuration of any model type, under the names that the type uses."""
     # The configuration classes map the common names onto their own (n_embd, n_layer, ...).
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
@@ -101,6 +64,8 @@ def tiny_config(
     if model_type in {"llama", "qwen2", "qwen3", "mistral", "gemma"}:
         values["num_key_value_heads"] = heads
         values["head_dim"] = hidden_size // heads
+    if model_type == "gpt_neo":
+        values |= {"attention_types": [[["global"], layers]]}
     if model_type == "opt":
         values |= {"ffn_dim": 4 * hidden_size, "word_embed_proj_dim": hidden_size}
     return config_class(**(values | overrides))

@@ -96,7 +96,7 @@ class PackedBatch:
 def shared_prefix_mask(
     segments: Int[Tensor, "row seq"],
 ) -> Float[Tensor, "row 1 seq seq"]:
-    """Return the additive mask of packed rows: 0 where a token may look, the lowest float elsewhere.
+    """Return the additive mask of packed rows: 0 where a token may look, else the lowest float.
 
     `segments` holds 0 at prompt tokens, 1, 2, ... at the completions' tokens and -1 at padding. A
     token sees earlier tokens of the prompt and of its own segment. Padding sees itself, because a
@@ -170,8 +170,11 @@ def group_by_prompt(
     completion_ids: Sequence[Sequence[int]],
     *,
     max_tokens: int,
+    max_completions: int | None = None,
 ) -> tuple[list[Group], list[list[int]]]:
     """Collect completions of the same prompt into groups that fit `max_tokens` each.
+
+    `max_completions` bounds the completions of a group too.
 
     Returns the groups, and for each the indices of its completions in the lists handed in.
     """
@@ -180,7 +183,8 @@ def group_by_prompt(
     for i, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         key = tuple(prompt)
         at, used = open_groups.get(key, (-1, max_tokens))
-        if at < 0 or used + len(completion) > max_tokens:
+        full = max_completions is not None and at >= 0 and len(members[at]) >= max_completions
+        if at < 0 or full or used + len(completion) > max_tokens:
             at, used = len(members), len(key)
             members.append([])
         members[at].append(i)

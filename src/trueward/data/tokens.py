@@ -5,6 +5,7 @@ prompt and the completion are tokenised apart, because that is what a policy see
 a prompt: tokenising the joined text can merge tokens across the seam.
 """
 
+from os.path import commonprefix
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -25,11 +26,24 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
     Pad equal to EOS hides the EOS from masks made of ids, and made older sequence classifiers read
     the wrong token (https://arxiv.org/abs/2403.17031).
     """
-    if tokenizer.eos_token_id is None:
+    end = end_token_id(tokenizer)
+    if end is None:
         raise DataError("The tokenizer has no EOS token: set tokenizer.eos_token first.")
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != end:
         return False
     return tokenizer.add_special_tokens({"pad_token": "<|pad|>"}) > 0
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id that ends a completion: EOS, or [SEP] where an encoder has no EOS."""
+    ids = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    return next((int(i) for i in ids if i is not None), None)
+
+
+def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id that opens a text: BOS, or [CLS], which encoder heads read."""
+    ids = (tokenizer.bos_token_id, tokenizer.cls_token_id)
+    return next((int(i) for i in ids if i is not None), None)
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
@@ -45,9 +59,16 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
 def completion_text(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion
 ) -> str:
-    """Return the text after `prompt_text`, as the chat template renders it."""
+    """Return the completion's text, as the chat template renders it after the prompt."""
+    return _split_text(tokenizer, prompt, completion)[1]
+
+
+def _split_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion
+) -> tuple[str, str]:
+    """Return the texts of prompt and completion, which joined are what the template renders."""
     if isinstance(prompt, str) and isinstance(completion, str):
-        return completion
+        return prompt, completion
     if isinstance(prompt, str):
         raise DataError("The prompt is a string but the completion is a list of messages.")
     turns = [{"role": "assistant", "content": completion}]
@@ -55,15 +76,16 @@ def completion_text(
     _require_template(tokenizer)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert isinstance(whole, str)
-    # Some templates open the assistant's turn differently when they generate (a prefilled <think>,
-    # say): then the longest common start is the prompt that both agree on.
     with_opening = prompt_text(tokenizer, prompt)
     if whole.startswith(with_opening):
-        return whole[len(with_opening) :]
-    bare = tokenizer.apply_chat_template(prompt, tokenize=False)
-    assert isinstance(bare, str)
-    if whole.startswith(bare):
-        return whole[len(bare) :]
+        return with_opening, whole[len(with_opening) :]
+    # Some templates open the assistant's turn differently when they generate (a prefilled <think>,
+    # say): then the prompt is the longest start that both agree on, whatever the answer's own.
+    any_answer = [*prompt, {"role": "assistant", "content": "0"}]
+    rendered = [tokenizer.apply_chat_template(m, tokenize=False) for m in (prompt, any_answer)]
+    shared = commonprefix([with_opening, str(rendered[1])])  # noqa: RUF071  (texts, not paths)
+    if len(shared) >= len(rendered[0]) and whole.startswith(shared):
+        return shared, whole[len(shared) :]
     raise DataError(
         "The chat template renders the prompt differently once a completion follows it, so the "
         "completion's tokens cannot be told apart: use a template that only appends."
@@ -74,7 +96,7 @@ def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise DataError(
             "The prompt is a list of messages but the tokenizer has no chat template: set "
-            "tokenizer.chat_template (trueward.testing.ALPACA_CHAT_TEMPLATE is a plain one), or "
+            "tokenizer.chat_template (models.scratch.ALPACA_CHAT_TEMPLATE is a plain one), or "
             "give prompts and completions as strings."
         )
 
@@ -82,15 +104,23 @@ def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Return the prompt's ids; a template brings its own BOS, so none is added to its text."""
     text = prompt_text(tokenizer, prompt)
-    ids = tokenizer(text, add_special_tokens=isinstance(prompt, str)).input_ids
+    return _ids_of_prompt_text(tokenizer, text, templated=not isinstance(prompt, str))
+
+
+def _ids_of_prompt_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, templated: bool
+) -> list[int]:
+    plain = list(tokenizer(text, add_special_tokens=False).input_ids)
+    if templated:
+        return plain
+    ids = list(tokenizer(text).input_ids)
     # BERT-like tokenizers close with [SEP], T5-like ones with </s>: that belongs after the answer.
-    while ids and ids[-1] in _closers(tokenizer):
+    closers = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+    while ids[len(ids) - len(plain) :] != plain and ids[-1] in closers:
         ids = ids[:-1]
-    return list(ids)
-
-
-def _closers(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return {i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None}
+    # A string that was rendered by a template elsewhere brings its BOS as text.
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def tokenize(
@@ -104,19 +134,19 @@ def tokenize(
         completion: String or messages.
         eos: False for a completion that was cut off before it ended (a truncated sample).
     """
-    text = completion_text(tokenizer, prompt, completion)
+    before, text = _split_text(tokenizer, prompt, completion)
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
-    end = tokenizer.eos_token_id
-    if end is None:
-        end = tokenizer.sep_token_id  # encoders: [SEP]
+    end = end_token_id(tokenizer)
     # A template often closes the turn with EOS and a newline; what follows EOS is never sampled.
-    if end is not None and end in ids:
+    while end is not None and end in ids:
         last = len(ids) - 1 - ids[::-1].index(end)
-        if not tokenizer.decode(ids[last + 1 :], skip_special_tokens=True).strip():
-            ids = ids[:last]
+        if tokenizer.decode(ids[last + 1 :], skip_special_tokens=True).strip():
+            break
+        ids = ids[:last]
     if eos and end is not None:
         ids.append(end)
-    return Tokens(prompt_ids(tokenizer, prompt), ids)
+    templated = not isinstance(prompt, str)
+    return Tokens(_ids_of_prompt_text(tokenizer, before, templated=templated), ids)
 
 
 def truncate_prompt(

@@ -1,0 +1,83 @@
+"""How far can a reward be trusted: accuracy, calibration, over-optimisation, win rates."""
+
+from trueward.evaluate.calibration import (
+    ReliabilityCurve,
+    brier_score,
+    expected_calibration_error,
+    reliability_curve,
+    scaled_margins,
+    spearman,
+    uncertainty_auroc,
+)
+from trueward.evaluate.judges import (
+    ChatJudge,
+    Judge,
+    JudgeError,
+    JudgeReport,
+    function_judge,
+    reward_judge,
+)
+from trueward.evaluate.overoptimization import (
+    OveroptimizationLaw,
+    OveroptimizationSummary,
+    best_of_n_curve,
+    best_of_n_curves_per_prompt,
+    best_of_n_kl,
+    best_of_n_law,
+    fit_best_of_n_law,
+    fit_rl_law,
+    overoptimization_summary,
+    rl_law,
+)
+from trueward.evaluate.preferences import (
+    Interval,
+    PreferenceAccuracy,
+    bootstrap_interval,
+    evaluate_preferences,
+    mean_interval,
+    preference_accuracy,
+    wilson_interval,
+)
+from trueward.evaluate.winrate import (
+    LengthControlled,
+    WinRate,
+    length_controlled_win_rate,
+    win_rate,
+)
+
+__all__ = [
+    "ChatJudge",
+    "Interval",
+    "Judge",
+    "JudgeError",
+    "JudgeReport",
+    "LengthControlled",
+    "OveroptimizationLaw",
+    "OveroptimizationSummary",
+    "PreferenceAccuracy",
+    "ReliabilityCurve",
+    "WinRate",
+    "best_of_n_curve",
+    "best_of_n_curves_per_prompt",
+    "best_of_n_kl",
+    "best_of_n_law",
+    "bootstrap_interval",
+    "brier_score",
+    "evaluate_preferences",
+    "expected_calibration_error",
+    "fit_best_of_n_law",
+    "fit_rl_law",
+    "function_judge",
+    "length_controlled_win_rate",
+    "mean_interval",
+    "overoptimization_summary",
+    "preference_accuracy",
+    "reliability_curve",
+    "reward_judge",
+    "rl_law",
+    "scaled_margins",
+    "spearman",
+    "uncertainty_auroc",
+    "wilson_interval",
+    "win_rate",
+]

@@ -1,0 +1,55 @@
+"""Pure functions from tensors to one value per example, one per equation."""
+
+from trueward.losses.information import (
+    gaussian_symmetric_kl,
+    gaussian_symmetric_kl_sample,
+    jensen_shannon_mi,
+)
+from trueward.losses.policy import (
+    AdvantagesAndReturns,
+    generalized_advantages,
+    group_advantages,
+    kl_estimate,
+    leave_one_out_advantages,
+    masked_mean,
+    masked_whiten,
+    ppo_clip_loss,
+    terminal_rewards,
+    value_clip_loss,
+)
+from trueward.losses.preference import (
+    bradley_terry_loss,
+    centring_loss,
+    preference_probability,
+)
+from trueward.losses.uncertainty import (
+    bhattacharyya_coefficient,
+    bt_marginal_loss,
+    bt_reparam_loss,
+    gaussian_nll_loss,
+    mse_reparam_loss,
+)
+
+__all__ = [
+    "AdvantagesAndReturns",
+    "bhattacharyya_coefficient",
+    "bradley_terry_loss",
+    "bt_marginal_loss",
+    "bt_reparam_loss",
+    "centring_loss",
+    "gaussian_nll_loss",
+    "gaussian_symmetric_kl",
+    "gaussian_symmetric_kl_sample",
+    "generalized_advantages",
+    "group_advantages",
+    "jensen_shannon_mi",
+    "kl_estimate",
+    "leave_one_out_advantages",
+    "masked_mean",
+    "masked_whiten",
+    "mse_reparam_loss",
+    "ppo_clip_loss",
+    "preference_probability",
+    "terminal_rewards",
+    "value_clip_loss",
+]

@@ -1,0 +1,196 @@
+"""What to optimise: plain functions from a `RewardPosterior` to one reward per row.
+
+Each objective is defined once, here, and states its ddof where it uses a variance. None is meant
+to be differentiated into the reward model: the policy sees the number alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trueward.posterior import RewardPosterior
+
+
+def mean(posterior: RewardPosterior) -> Float[Tensor, " batch"]:
+    """The members' mean, `1/K sum_k r_k`."""
+    return posterior.mean
+
+
+def median(posterior: RewardPosterior) -> Float[Tensor, " batch"]:
+    """The members' median; of an even number of members, the average of the middle two.
+
+    Eisenstein et al. 2023 (https://arxiv.org/abs/2312.09244).
+    """
+    # torch.median would give the lower of the middle two.
+    return quantile(posterior, level=0.5)
+
+
+def quantile(posterior: RewardPosterior, *, level: float) -> Float[Tensor, " batch"]:
+    """The members' quantile, linear between order statistics: 0 is the minimum, 1 the maximum.
+
+    A dial between `worst_case` and `median` that one bad member cannot turn.
+
+    Args:
+        posterior: The rewards of the members.
+        level: In [0, 1].
+    """
+    if not 0.0 <= level <= 1.0:
+        raise ValueError(f"level must lie in [0, 1], got {level}.")
+    if len(posterior) == 0:  # torch.quantile refuses an empty tensor
+        return posterior.mean
+    return torch.quantile(posterior.means, level, dim=1)
+
+
+def nominal(posterior: RewardPosterior) -> Float[Tensor, " batch"]:
+    """The mean of the member with the lowest std, row by row; without stds, the members' mean.
+
+    `mu_k*` with `k* = argmin_k std_k`. Yan et al. 2024, BRME
+    (https://arxiv.org/abs/2409.15360). The first member wins a tie, so that stds which have all
+    collapsed to one floor make this a single member's reward: watch `robust_diagnostics`.
+    """
+    if posterior.stds is None:
+        return posterior.mean
+    return posterior.means.gather(1, _nominal_member(posterior.stds)[:, None])[:, 0]
+
+
+def worst_case(posterior: RewardPosterior) -> Float[Tensor, " batch"]:
+    """The members' minimum, row by row (WCO). Coste et al. 2023 (https://arxiv.org/abs/2310.02743)."""
+    return posterior.means.amin(dim=1)
+
+
+def reward_robust(
+    posterior: RewardPosterior,
+    *,
+    nominal_weight: float,
+    min_level: Literal["sample", "batch"] = "sample",
+) -> Float[Tensor, " batch"]:
+    """The reward-robust mix, `a * nominal + (1 - a) * worst case`, with `a = nominal_weight`.
+
+    Yan et al. 2024, Eq. 7 (https://arxiv.org/abs/2409.15360), which takes the minimum over
+    members outside the expectation. `"sample"` takes it inside, row by row, which is never above
+    Eq. 7; `"batch"` finds the member with the lowest mean over the batch and uses it for every
+    row, which is Eq. 7 with the batch for the expectation.
+
+    Args:
+        posterior: The rewards of the members.
+        nominal_weight: In [0, 1]: 1 is `nominal` alone, 0 the worst case alone.
+        min_level: Where the minimum over members is taken.
+    """
+    if not 0.0 <= nominal_weight <= 1.0:
+        raise ValueError(f"nominal_weight must lie in [0, 1], got {nominal_weight}.")
+    if min_level == "sample":
+        lowest = worst_case(posterior)
+    elif min_level == "batch":
+        # nanmean: one row that could not be scored must not choose the member for all others.
+        member = posterior.means.nanmean(dim=0).argmin()
+        lowest = posterior.means[:, member]
+    else:
+        raise ValueError(f'min_level must be "sample" or "batch", got {min_level!r}.')
+    return nominal_weight * nominal(posterior) + (1 - nominal_weight) * lowest
+
+
+def uncertainty_weighted(posterior: RewardPosterior, *, coef: float) -> Float[Tensor, " batch"]:
+    """Mean less the variance between members, `mean - coef * variance` (UWO), with ddof 0.
+
+    Coste et al. 2023 (https://arxiv.org/abs/2310.02743): 0.5 was best for best-of-n, 0.1 in PPO.
+
+    Args:
+        posterior: The rewards of the members.
+        coef: At least 0; 0 is the plain mean.
+    """
+    _require_coef(coef)
+    return posterior.mean - coef * posterior.variance
+
+
+def lower_confidence_bound(posterior: RewardPosterior, *, coef: float) -> Float[Tensor, " batch"]:
+    """Mean less the std between members, `mean - coef * std`, with ddof 0.
+
+    MEAN_MINUS_STD in Eisenstein et al. 2023 (https://arxiv.org/abs/2312.09244).
+
+    Args:
+        posterior: The rewards of the members.
+        coef: At least 0; 0 is the plain mean.
+    """
+    _require_coef(coef)
+    return posterior.mean - coef * posterior.std
+
+
+def entropic(posterior: RewardPosterior, *, temperature: float) -> Float[Tensor, " batch"]:
+    """The entropic risk of the members, `-b log mean_k exp(-r_k / b)`, with `b = temperature`.
+
+    The mean as `b` grows, the minimum as it goes to 0; to second order in `1/b` it is
+    `uncertainty_weighted` with `coef = 1/(2b)`, but it never falls below the minimum.
+    https://arxiv.org/abs/2606.09073.
+
+    Args:
+        posterior: The rewards of the members.
+        temperature: Positive, in units of reward.
+    """
+    if not (0.0 < temperature < math.inf):
+        raise ValueError(
+            f"temperature must be positive and finite, got {temperature}; "
+            "its limits are worst_case (0) and mean (infinity)."
+        )
+    # From the minimum up, in expm1 and log1p: exact for tiny temperatures, where exp overflows,
+    # and for huge ones, where logsumexp loses every digit to the factor b.
+    lowest = posterior.means.amin(dim=1)
+    excess = torch.expm1(-(posterior.means - lowest[:, None]) / temperature)
+    return lowest - temperature * torch.log1p(excess.mean(dim=1))
+
+
+def robust_diagnostics(posterior: RewardPosterior) -> dict[str, float]:
+    """What to log beside a robust reward, as means over the rows whose rewards are all finite.
+
+    `gap` is nominal less worst case, never negative; `nominal_member_k` is the share of rows in
+    which member `k` has the lowest std (only with stds): equal shares from stds that differ by
+    noise alone mean that `nominal` is a random member's reward.
+
+    Returns:
+        `objective/` `nominal`, `worst_case`, `gap`, `member_variance` and `member_std` (between
+        members, ddof 0), `nonfinite` (the share of rows left out) and `nominal_member_0`...
+    """
+    finite = posterior.means.isfinite().all(dim=1)
+    rows = posterior[finite]
+    metrics = {
+        "objective/nominal": nominal(rows).mean().item(),
+        "objective/worst_case": worst_case(rows).mean().item(),
+        "objective/gap": (nominal(rows) - worst_case(rows)).mean().item(),
+        "objective/member_variance": rows.variance.mean().item(),
+        "objective/member_std": rows.std.mean().item(),
+        "objective/nonfinite": (~finite).float().mean().item(),
+    }
+    if rows.stds is not None:
+        chosen = _nominal_member(rows.stds)
+        for member in range(rows.members):
+            share = (chosen == member).float().mean().item()
+            metrics[f"objective/nominal_member_{member}"] = share
+    return metrics
+
+
+def _nominal_member(stds: Float[Tensor, "batch member"]) -> Int[Tensor, " batch"]:
+    return stds.argmin(dim=1)
+
+
+def _require_coef(coef: float) -> None:
+    if not 0.0 <= coef < math.inf:
+        raise ValueError(
+            f"coef must be finite and at least 0, got {coef}; a negative one would pay the policy "
+            "for uncertainty."
+        )
+
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "mean": mean,
+    "median": median,
+    "quantile": quantile,
+    "nominal": nominal,
+    "worst_case": worst_case,
+    "reward_robust": reward_robust,
+    "uncertainty_weighted": uncertainty_weighted,
+    "lower_confidence_bound": lower_confidence_bound,
+    "entropic": entropic,
+}

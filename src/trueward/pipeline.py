@@ -1,0 +1,522 @@
+"""RLP: the stages of a run, each in its folder, resumable.
+
+Lang et al. 2024, Algorithm 1 (https://arxiv.org/abs/2403.19279)::
+
+    sft -> reward -> policy -> samples -> refine (SPG | UML) -> policy again, from SFT
+                        ^                                              |
+                        '---------------- next round ------------------'
+
+A stage is done when its folder holds a `summary.json`; it is then loaded, never done again. A
+killed stage goes on from its last checkpoint. The folder's own `summary.json` holds the numbers
+of every stage, `table.json` the comparison of the policies.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from trueward import objectives
+from trueward.data.formats import (
+    DataError,
+    LoadReport,
+    PreferenceRow,
+    Prompt,
+    load_demonstrations,
+    load_preferences,
+    load_prompts,
+    text_of,
+    write_jsonl,
+)
+from trueward.evaluate.judges import reward_judge
+from trueward.evaluate.preferences import evaluate_preferences, mean_interval
+from trueward.evaluate.winrate import win_rate
+from trueward.models.policy import Policy
+from trueward.models.reward_model import RewardModel
+from trueward.models.scratch import ModelSource, load_policy
+from trueward.posterior import RewardPosterior
+from trueward.refine.equivalence import (
+    EmbeddingEquivalence,
+    Equivalence,
+    NLIEquivalence,
+    exact_answer,
+    exact_match,
+    mean_state_embedding,
+    sentence_transformer,
+)
+from trueward.refine.multiview import MultiView, MultiViewConfig
+from trueward.refine.synthetic import synthetic_preferences
+from trueward.sampling import SamplingConfig, read_samples, sample_to_file
+from trueward.train.policy import PolicyConfig, train_policy
+from trueward.train.reward import RewardConfig, train_reward
+from trueward.train.run_folder import RunFolder, finished_summary, write_text
+from trueward.train.sft import SFTConfig, train_sft
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Which objective turns a posterior into a reward, by its name in `trueward.objectives`."""
+
+    name: Literal[
+        "mean",
+        "median",
+        "nominal",
+        "worst_case",
+        "reward_robust",
+        "uncertainty_weighted",
+        "lower_confidence_bound",
+        "entropic",
+    ] = "mean"
+    nominal_weight: float = 0.4  # reward_robust: 1 is nominal alone, 0 the worst case alone
+    min_level: Literal["sample", "batch"] = "sample"  # reward_robust
+    coef: float = 0.5  # uncertainty_weighted, lower_confidence_bound
+    temperature: float = 1.0  # entropic
+
+    def build(self) -> Callable[[RewardPosterior], Tensor]:
+        """Return the objective as a function of the posterior."""
+        builders: dict[str, Callable[[RewardPosterior], Tensor]] = {
+            "mean": objectives.mean,
+            "median": objectives.median,
+            "nominal": objectives.nominal,
+            "worst_case": objectives.worst_case,
+            "reward_robust": lambda p: objectives.reward_robust(
+                p, nominal_weight=self.nominal_weight, min_level=self.min_level
+            ),
+            "uncertainty_weighted": lambda p: objectives.uncertainty_weighted(p, coef=self.coef),
+            "lower_confidence_bound": lambda p: objectives.lower_confidence_bound(
+                p, coef=self.coef
+            ),
+            "entropic": lambda p: objectives.entropic(p, temperature=self.temperature),
+        }
+        return builders[self.name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPGConfig:
+    """Synthetic preference generation."""
+
+    gamma: float = 0.5  # smallest confidence, inclusive; 0 = Select-All
+    equivalence: Literal["exact", "answer", "policy_states", "embedding", "nli"] = "policy_states"
+    model: str = "microsoft/deberta-large-mnli"  # for nli; a sentence-transformers name otherwise
+    mode: Literal["relaxed", "strict", "no_contradiction"] = "relaxed"  # nli
+    threshold: float = 0.9  # cosine similarity, for policy_states and embedding
+
+    def build(self, policy: Policy, cache: Path | None = None) -> Equivalence:
+        """Return the equivalence test; `policy_states` embeds with the policy's own states."""
+        if self.equivalence == "exact":
+            return exact_match
+        if self.equivalence == "answer":
+            return exact_answer
+        if self.equivalence == "nli":
+            return NLIEquivalence.from_pretrained(self.model, mode=self.mode, cache_path=cache)
+        embed = (
+            mean_state_embedding(policy)
+            if self.equivalence == "policy_states"
+            else sentence_transformer(self.model)
+        )
+        return EmbeddingEquivalence(embed, threshold=self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLPData:
+    """Where the rows come from: files, folders, or hub names `owner/name[@config][:split]`."""
+
+    demonstrations: str  # for SFT
+    preferences: str  # D, for the reward model
+    prompts: str  # U, unlabelled, for PPO and the policy's samples
+    gold_preferences: list[str] = field(default_factory=list)  # of the held-out judge
+    evaluation: dict[str, str] = field(default_factory=dict)  # name -> preferences to report on
+    data_dir: str = ""  # folder that holds the data instead of the hub; also TRUEWARD_DATA
+    local_names: dict[str, str] = field(default_factory=dict)  # hub name -> name under data_dir
+    conversational: bool = True  # strings become user turns, so that one template serves all
+    max_demonstrations: int = 0  # 0 = all
+    max_preferences: int = 0
+    max_prompts: int = 0
+    max_gold_preferences: int = 0  # of each source
+    max_evaluation: int = 0  # of each source
+    evaluation_prompts: int = 200  # held out from `prompts`, for the policies
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLPConfig:
+    """The whole pipeline."""
+
+    output_dir: str
+    data: RLPData
+    model: ModelSource = field(default_factory=ModelSource)
+    members: int = 0  # 0 = one scalar reward, K = Gaussian heads
+    methods: list[Literal["spg", "uml"]] = field(default_factory=lambda: ["spg", "uml"])
+    rounds: int = 1
+    warm_start: bool = False  # refine the last reward model instead of a fresh one from SFT
+    seed: int = 42
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    samples: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=10))
+    spg: SPGConfig = field(default_factory=SPGConfig)
+    uml: MultiViewConfig = field(default_factory=MultiViewConfig)
+    evaluation_temperature: float = 0.7  # the paper's, one completion for each prompt
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods must name at least one of spg and uml.")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}.")
+        if self.members < 0:
+            raise ValueError(f"members must be 0 (scalar) or at least 1, got {self.members}.")
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """All rows of a run, loaded once; the report says what was left out."""
+
+    demonstrations: list
+    preferences: list[PreferenceRow]
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    gold: list[PreferenceRow]
+    evaluation: dict[str, list[PreferenceRow]]
+    reports: list[LoadReport]
+
+
+def run_rlp(config: RLPConfig) -> dict[str, object]:
+    """Run the pipeline, or what is left of it, and return its summary."""
+    out = Path(config.output_dir)
+    folder = RunFolder(out, command="rlp", config=config)
+    done = finished_summary(out)
+    if done is not None:
+        logger.info("%s is finished.", out)
+        return done
+    inputs = _load(config)
+    for report in inputs.reports:
+        logger.info("%s", report.summary())
+    write_text(out / "data.txt", "\n\n".join(r.summary(limit=20) for r in inputs.reports) + "\n")
+
+    sft = _sft(config, inputs, out / "01_sft")
+    gold = None
+    if inputs.gold:
+        # Another seed and other data than the proxy's: its errors are not the proxy's errors.
+        gold = _reward(
+            config, sft, inputs.gold, inputs, out / "02_gold", seed=config.seed + 1000, members=0
+        )
+    reward = _reward(config, sft, inputs.preferences, inputs, out / "02_reward", seed=config.seed)
+    first = _policy(config, reward, inputs, out / "03_policy")
+    policies = {"SFT": (sft, None), "PPO": (first, reward)}
+    for method in config.methods:
+        current, model = first, reward
+        for round_ in range(1, config.rounds + 1):
+            name = f"{method}_{round_}"
+            drawn = _samples(
+                config, current, inputs, out / f"04_samples_{'1' if round_ == 1 else name}"
+            )
+            model = _refine(config, method, sft, model, drawn, inputs, out / f"05_reward_{name}")
+            current = _policy(config, model, inputs, out / f"06_policy_{name}")
+            label = f"RLP-{method.upper()}" + (f" round {round_}" if config.rounds > 1 else "")
+            policies[label] = (current, model)
+    rows = {
+        label: _judge(config, label, policy, reward, gold, inputs, out)
+        for label, (policy, _) in policies.items()
+    }
+    shift = _shift(config, policies, gold, inputs, out)
+    stages = {
+        p.parent.name: json.loads(p.read_text("utf-8")) for p in sorted(out.glob("*/summary.json"))
+    }
+    _write_table(out, rows)
+    metrics = {
+        "policies": rows,
+        "reward_models_on_policy_samples": shift,
+        "stages": {k: {"seconds": s["seconds"], **s["metrics"]} for k, s in stages.items()},
+    }
+    return folder.finish(metrics, seed=config.seed)
+
+
+def _load(config: RLPConfig) -> _Inputs:
+    data = config.data
+    common = {
+        "data_dir": data.data_dir or None,
+        "local_names": data.local_names,
+        "conversational": data.conversational,
+    }
+    demonstrations = load_demonstrations(
+        data.demonstrations, max_rows=data.max_demonstrations or None, **common
+    )
+    preferences = load_preferences(
+        data.preferences, max_rows=data.max_preferences or None, **common
+    )
+    wanted = data.max_prompts + data.evaluation_prompts if data.max_prompts else None
+    prompts = load_prompts(data.prompts, max_rows=wanted, **common)
+    gold = [
+        load_preferences(s, max_rows=data.max_gold_preferences or None, **common)
+        for s in data.gold_preferences
+    ]
+    evaluation = {
+        name: load_preferences(s, max_rows=data.max_evaluation or None, **common)
+        for name, s in data.evaluation.items()
+    }
+    unlabelled = [row.prompt for row in prompts.rows]
+    if len(unlabelled) <= data.evaluation_prompts:
+        raise DataError(
+            f"{data.prompts} has {len(unlabelled)} prompts, of which evaluation_prompts="
+            f"{data.evaluation_prompts} are held out: none is left for the policy."
+        )
+    loaded = [demonstrations, preferences, prompts, *gold, *evaluation.values()]
+    return _Inputs(
+        demonstrations=demonstrations.rows,
+        preferences=preferences.rows,
+        prompts=unlabelled[data.evaluation_prompts :],
+        held_out=unlabelled[: data.evaluation_prompts],
+        gold=[row for part in gold for row in part.rows],
+        evaluation={name: part.rows for name, part in evaluation.items()},
+        reports=[part.report for part in loaded],
+    )
+
+
+def _sft(config: RLPConfig, inputs: _Inputs, out: Path) -> Policy:
+    if finished_summary(out) is None:
+        texts = (text_of(t) for row in inputs.demonstrations for t in (row.prompt, row.completion))
+        policy = load_policy(config.model, texts, seed=config.seed)
+        train_sft(policy, inputs.demonstrations, config.sft, output_dir=out)
+    return Policy.from_pretrained(out / "model", lora_rank=config.model.lora_rank)
+
+
+def _reward(
+    config: RLPConfig,
+    sft: Policy,
+    preferences: Sequence[PreferenceRow],
+    inputs: _Inputs,
+    out: Path,
+    *,
+    seed: int,
+    members: int | None = None,
+    start: RewardModel | None = None,
+    samples: list[tuple[Prompt, list[str]]] | None = None,
+) -> RewardModel:
+    """Train a reward model from the SFT model's body (or `start`), with UML where samples come."""
+    if finished_summary(out) is None:
+        model = copy.deepcopy(start) if start else _fresh(config, sft, members, seed)
+        auxiliary = None
+        if samples is not None:
+            width = model.backbone.config.get_text_config().hidden_size
+            auxiliary = MultiView(width, samples, config.uml)
+        held_out = inputs.evaluation
+        train_reward(
+            model,
+            preferences,
+            dataclasses.replace(config.reward, seed=seed),
+            output_dir=out,
+            auxiliary=auxiliary,
+            evaluation=lambda m: evaluate_on(m, held_out),
+            reference=_reference(config, sft, inputs, out.parent),
+        )
+    return RewardModel.from_pretrained(out / "model")
+
+
+def _fresh(config: RLPConfig, sft: Policy, members: int | None, seed: int) -> RewardModel:
+    path = Path(config.output_dir) / "01_sft" / "model"
+    return RewardModel.from_backbone(
+        path,
+        sft.tokenizer,
+        members=config.members if members is None else members,
+        lora_rank=config.model.lora_rank,
+        max_length=config.reward.max_length,
+        seed=seed,
+    )
+
+
+def _reference(
+    config: RLPConfig, sft: Policy, inputs: _Inputs, out: Path
+) -> tuple[list[Prompt], list[str]]:
+    """Return the reference policy's samples, on which every reward model is normalised."""
+    prompts = inputs.prompts[:128]
+    sampling = dataclasses.replace(config.samples, n=2, temperature=1.0, seed=config.seed)
+    drawn = _sample_stage(sft, prompts, sampling, out / "01_reference_samples")
+    return [p for p, texts in drawn for _ in texts], [t for _, texts in drawn for t in texts]
+
+
+def _policy(config: RLPConfig, reward: RewardModel, inputs: _Inputs, out: Path) -> Policy:
+    """Optimise a policy from the SFT model; the reference is SFT too (Alg. 1, line 5)."""
+    if finished_summary(out) is None:
+        sft = Policy.from_pretrained(
+            Path(config.output_dir) / "01_sft" / "model", lora_rank=config.model.lora_rank
+        )
+        train_policy(
+            sft,
+            reward,
+            inputs.prompts,
+            dataclasses.replace(config.policy, seed=config.seed),
+            objective=config.objective.build(),
+            output_dir=out,
+        )
+    return Policy.from_pretrained(out / "model")
+
+
+def _samples(
+    config: RLPConfig, policy: Policy, inputs: _Inputs, out: Path
+) -> list[tuple[Prompt, list[str]]]:
+    sampling = dataclasses.replace(config.samples, seed=config.seed)
+    return _sample_stage(policy, inputs.prompts, sampling, out)
+
+
+def _sample_stage(
+    policy: Policy, prompts: Sequence[Prompt], sampling: SamplingConfig, out: Path
+) -> list[tuple[Prompt, list[str]]]:
+    """Draw completions into `completions.jsonl`, shard by shard; return them by prompt."""
+    if finished_summary(out) is None:
+        folder = RunFolder(out, command="sample", config=sampling)
+        count = sample_to_file(policy, prompts, sampling, out / "completions.jsonl", progress=None)
+        folder.finish(count, seed=sampling.seed)
+    return read_samples(out / "completions.jsonl")
+
+
+def _refine(
+    config: RLPConfig,
+    method: str,
+    sft: Policy,
+    scorer: RewardModel,
+    drawn: list[tuple[Prompt, list[str]]],
+    inputs: _Inputs,
+    out: Path,
+) -> RewardModel:
+    """Train the reward model again: on D + synthetic pairs (SPG), or on D beside L_M (UML)."""
+    start = scorer if config.warm_start else None
+    if method == "uml":
+        return _reward(
+            config,
+            sft,
+            inputs.preferences,
+            inputs,
+            out,
+            seed=config.seed,
+            start=start,
+            samples=drawn,
+        )
+    pairs = out.with_name(out.name.replace("05_reward", "05_preferences"))
+    if finished_summary(pairs) is None:
+        folder = RunFolder(pairs, command="spg", config=config.spg)
+        prompts = [p for p, _ in drawn]
+        texts = [t for _, t in drawn]
+        posterior = scorer.score(
+            [p for p, ts in drawn for _ in ts], [t for ts in texts for t in ts], normalise=True
+        )
+        rewards = config.objective.build()(posterior).view(len(drawn), -1)
+        made = synthetic_preferences(
+            prompts,
+            texts,
+            rewards,
+            equivalent=config.spg.build(sft, cache=pairs / "nli_cache.jsonl"),
+            gamma=config.spg.gamma,
+            seed=config.seed,
+        )
+        write_jsonl(pairs / "preferences.jsonl", made.to_rows())
+        report = dataclasses.asdict(made.report)
+        report["cluster_counts"] = {str(k): v for k, v in report["cluster_counts"].items()}
+        folder.finish(report, seed=config.seed)
+    synthetic: list[PreferenceRow] = []
+    if finished_summary(pairs)["metrics"]["accepted"]:  # type: ignore[index]
+        synthetic = load_preferences(pairs / "preferences.jsonl").rows
+    else:
+        logger.warning("SPG accepted no prompt: the reward model is retrained on D alone.")
+    pooled = [*inputs.preferences, *synthetic]  # plain pooling, no weights (Eq. 1)
+    return _reward(config, sft, pooled, inputs, out, seed=config.seed, start=start)
+
+
+def evaluate_on(model: RewardModel, sources: dict[str, list[PreferenceRow]]) -> dict[str, float]:
+    """Return `NAME/metric` of a reward model on each set of preferences, and their mean length."""
+    return {
+        f"{name}/{key}": value
+        for name, rows in sources.items()
+        for key, value in evaluate_preferences(model.score, rows).items()
+    }
+
+
+def _judge(
+    config: RLPConfig,
+    label: str,
+    policy: Policy,
+    proxy: RewardModel,
+    gold: RewardModel | None,
+    inputs: _Inputs,
+    out: Path,
+) -> dict[str, float]:
+    """Draw one completion for each held-out prompt and report proxy, gold, length and win rate."""
+    sampling = dataclasses.replace(
+        config.samples, n=1, temperature=config.evaluation_temperature, seed=config.seed + 1
+    )
+    name = label.lower().replace(" ", "_")
+    drawn = _sample_stage(policy, inputs.held_out, sampling, out / f"07_completions_{name}")
+    texts = [t[0] for _, t in drawn]
+    rewards = proxy.score(inputs.held_out, texts, normalise=True)
+    row = {
+        "proxy": config.objective.build()(rewards).mean().item(),
+        "length": sum(len(t.split()) for t in texts) / len(texts),
+    }
+    if gold is not None:
+        scores = gold.score(inputs.held_out, texts, normalise=True).mean
+        low, high = mean_interval(scores)
+        row |= {"gold": scores.mean().item(), "gold_low": low, "gold_high": high}
+        sft = read_samples(out / "07_completions_sft" / "completions.jsonl")
+        rate = win_rate(reward_judge(gold), inputs.held_out, texts, [t[0] for _, t in sft])
+        row |= {
+            "win_rate": rate.win_rate,
+            "win_rate_low": rate.low,
+            "win_rate_high": rate.high,
+            "win_rate_length_controlled": rate.length_controlled.win_rate,
+        }
+    return row
+
+
+def _shift(
+    config: RLPConfig,
+    policies: dict[str, tuple[Policy, RewardModel | None]],
+    gold: RewardModel | None,
+    inputs: _Inputs,
+    out: Path,
+) -> dict[str, dict[str, float]]:
+    """Return each reward model's agreement with the gold judge on pairs of each policy's samples.
+
+    The paper's claim is that refinement keeps the reward model accurate where the policy went.
+    """
+    if gold is None:
+        return {}
+    pairs: dict[str, list[PreferenceRow]] = {}
+    for label, (policy, _) in policies.items():
+        sampling = dataclasses.replace(config.samples, n=2, seed=config.seed + 2)
+        name = label.lower().replace(" ", "_")
+        drawn = _sample_stage(policy, inputs.held_out, sampling, out / f"07_pairs_{name}")
+        flat = [t for _, texts in drawn for t in texts]
+        scores = gold.score([p for p, _ in drawn for _ in "ab"], flat, normalise=True).mean
+        pairs[label] = [
+            PreferenceRow(prompt, *(texts if first > second else texts[::-1]))
+            for (prompt, texts), (first, second) in zip(
+                drawn, scores.view(-1, 2).tolist(), strict=True
+            )
+            if texts[0] != texts[1]
+        ]
+    return {
+        f"reward model of {label}": {
+            f"accuracy on {source}": evaluate_preferences(model.score, rows)["accuracy"]
+            for source, rows in pairs.items()
+            if rows
+        }
+        for label, (_, model) in policies.items()
+        if model is not None
+    }
+
+
+def _write_table(out: Path, rows: dict[str, dict[str, float]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    table = {
+        "columns": ["policy", *columns],
+        "rows": [[label, *(row.get(c) for c in columns)] for label, row in rows.items()],
+        "caption": "Policies on held-out prompts; gold is a reward model trained on other data.",
+    }
+    write_text(out / "table.json", json.dumps(table, indent=2))

@@ -1,0 +1,200 @@
+"""The HTML report: one file that needs nothing else, set like a paper."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import jinja2
+from markupsafe import Markup, escape
+
+from trueward.report.figures import SERIES_DARK, SERIES_LIGHT, with_id_prefix
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows under columns; numbers are aligned and sorted as numbers, None is an empty cell."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise ValueError("a table needs at least one column, got none.")
+        for number, row in enumerate(self.rows, start=1):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"row {number} of a table has {len(row)} cells under {len(self.columns)} "
+                    "columns: give one for each, None where there is nothing to say."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureHtml:
+    """A drawing from `to_svg`, put into the page as it is: never from an untrusted source."""
+
+    svg: str
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One completion of a sample, with who wrote it and what it was worth to whom."""
+
+    text: str
+    label: str = ""
+    scores: Mapping[str, float | int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRow:
+    """A prompt, and its completions to be read side by side."""
+
+    prompt: str
+    completions: Sequence[Completion]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """Verbatim text behind a line that opens it (a configuration, versions)."""
+
+    summary: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading with what stands below it, in this order; a blank line parts paragraphs."""
+
+    title: str
+    text: str = ""
+    tables: Sequence[Table] = ()
+    figures: Sequence[FigureHtml] = ()
+    samples: Sequence[SampleRow] = ()
+    details: Sequence[Details] = ()
+
+
+def render_report(*, title: str, lead: str, sections: Sequence[Section], footer: str = "") -> str:
+    """Return the page as one self-contained HTML file.
+
+    All text is escaped; in prose, `backticks` set code. The figures' ids are made unique.
+
+    Args:
+        title: The heading.
+        lead: What was found, in one or two sentences.
+        sections: The body.
+        footer: A last, small line (versions).
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"prose": _prose, "number": format_number}
+    environment.globals |= {"set_table": _set_table, "set_figure": _set_figure}
+    source = resources.files(__package__).joinpath("template.html.j2").read_text("utf-8")
+    return environment.from_string(source).render(
+        title=title,
+        lead=lead,
+        sections=sections,
+        footer=footer,
+        series=list(zip(SERIES_LIGHT, SERIES_DARK, strict=True)),
+    )
+
+
+def format_number(value: Cell, decimals: int | None = None) -> str:
+    """Return a number as it is printed: 3 decimals or 3 digits unless told, a true minus sign."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        text = str(value)
+    elif not math.isfinite(value):
+        text = "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    elif decimals is not None and (value == 0 or abs(value) >= 0.5 * 10**-decimals):
+        text = f"{value:.{decimals}f}"
+    elif value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
+        text = f"{value:.2e}"
+    else:
+        text = f"{value:.{_decimals(abs(value))}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def column_decimals(cells: Sequence[Cell]) -> int | None:
+    """Return how many decimals suit all numbers of a column; None where each needs its own.
+
+    The largest number gets about four digits; a column over many orders of magnitude has none.
+    """
+    sizes = [abs(c) for c in cells if isinstance(c, float) and math.isfinite(c) and c != 0]
+    if not sizes or max(sizes) >= 1e6 or max(sizes) < 1e-2 or min(sizes) < max(sizes) * 1e-4:
+        return None
+    return _decimals(max(sizes))
+
+
+def is_number_column(cells: Sequence[Cell]) -> bool:
+    """Whether all that a column holds are numbers, `0.61 ± 0.02` and `0.61 [0.59, 0.63]` too."""
+    held = [c for c in cells if c is not None and c != ""]
+    return bool(held) and all(not isinstance(c, str) or _NUMBERS.fullmatch(c) for c in held)
+
+
+_LEADING = re.compile(r"\s*([+\-\N{MINUS SIGN}]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
+_NUMBERS = re.compile(_LEADING.pattern + r"[\d.,;\s±\[\]()%/e+\-–\N{MINUS SIGN}]*", re.IGNORECASE)
+
+
+def _decimals(size: float) -> int:
+    return 3 if size < 10 else 2 if size < 100 else 1
+
+
+@dataclass(frozen=True)
+class _SetCell:
+    text: str
+    key: str  # what to sort by; empty goes last
+    numeric: bool
+
+
+def _set_table(table: Table) -> dict[str, object]:
+    """Return a table's cells as the template needs them: formatted, with their sorting keys."""
+    by_column = [[row[i] for row in table.rows] for i in range(len(table.columns))]
+    decimals = [column_decimals(cells) for cells in by_column]
+    numeric = [is_number_column(cells) for cells in by_column]
+    rows = [
+        [
+            _SetCell(format_number(c, d), _sort_key(c, n), n)
+            for c, d, n in zip(row, decimals, numeric, strict=True)
+        ]
+        for row in table.rows
+    ]
+    # Rows are named by their first cell, where that is a name.
+    return {"rows": rows, "numeric": numeric, "named": not numeric[0]}
+
+
+def _sort_key(cell: Cell, numeric: bool) -> str:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    if isinstance(cell, str):
+        found = _LEADING.match(cell) if numeric else None
+        return found[1].replace("\N{MINUS SIGN}", "-") if found else cell
+    if isinstance(cell, float) and math.isinf(cell):
+        return "Infinity" if cell > 0 else "-Infinity"
+    return repr(cell)
+
+
+def _set_figure(figure: FigureHtml, number: int) -> dict[str, object]:
+    box = re.search(r'viewBox="[\d.\-]+ [\d.\-]+ ([\d.]+)', figure.svg)
+    width = float(box[1]) if box else 0.0
+    # A wide one would shrink beyond reading on a phone: it scrolls in its own box.
+    return {"svg": Markup(with_id_prefix(figure.svg, f"figure-{number}-")), "wide": width > 400}
+
+
+def _prose(text: str) -> Markup:
+    """Escape; then paragraphs at blank lines, and code between backticks."""
+    paragraphs = [p for p in re.split(r"\n\s*\n", text.strip()) if p.strip()]
+    return Markup("\n").join(Markup("<p>{}</p>").format(_code(p)) for p in paragraphs)
+
+
+def _code(text: str) -> Markup:
+    return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text))))
