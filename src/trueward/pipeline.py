@@ -18,13 +18,14 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from trueward import objectives
 from trueward.data.formats import (
     DataError,
+    Loaded,
     LoadReport,
     PreferenceRow,
     Prompt,
@@ -109,7 +110,7 @@ class SPGConfig:
     mode: Literal["relaxed", "strict", "no_contradiction"] = "relaxed"  # nli
     threshold: float = 0.9  # cosine similarity, for policy_states and embedding
 
-    def build(self, policy: Policy, cache: Path | None = None) -> Equivalence:
+    def build(self, policy: Policy | None, cache: Path | None = None) -> Equivalence:
         """Return the equivalence test; `policy_states` embeds with the policy's own states."""
         if self.equivalence == "exact":
             return exact_match
@@ -117,12 +118,11 @@ class SPGConfig:
             return exact_answer
         if self.equivalence == "nli":
             return NLIEquivalence.from_pretrained(self.model, mode=self.mode, cache_path=cache)
-        embed = (
-            mean_state_embedding(policy)
-            if self.equivalence == "policy_states"
-            else sentence_transformer(self.model)
-        )
-        return EmbeddingEquivalence(embed, threshold=self.threshold)
+        if self.equivalence == "embedding":
+            return EmbeddingEquivalence(sentence_transformer(self.model), threshold=self.threshold)
+        if policy is None:
+            raise ValueError("equivalence=policy_states needs a policy to embed with.")
+        return EmbeddingEquivalence(mean_state_embedding(policy), threshold=self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
 
 def _load(config: RLPConfig) -> _Inputs:
     data = config.data
-    common = {
+    common: dict[str, Any] = {
         "data_dir": data.data_dir or None,
         "local_names": data.local_names,
         "conversational": data.conversational,
@@ -268,7 +268,7 @@ def _load(config: RLPConfig) -> _Inputs:
             f"{data.prompts} has {len(unlabelled)} prompts, of which evaluation_prompts="
             f"{data.evaluation_prompts} are held out: none is left for the policy."
         )
-    loaded = [demonstrations, preferences, prompts, *gold, *evaluation.values()]
+    parts: list[Loaded[Any]] = [demonstrations, preferences, prompts, *gold, *evaluation.values()]
     return _Inputs(
         demonstrations=demonstrations.rows,
         preferences=preferences.rows,
@@ -276,7 +276,7 @@ def _load(config: RLPConfig) -> _Inputs:
         held_out=unlabelled[: data.evaluation_prompts],
         gold=[row for part in gold for row in part.rows],
         evaluation={name: part.rows for name, part in evaluation.items()},
-        reports=[part.report for part in loaded],
+        reports=[part.report for part in parts],
     )
 
 
@@ -495,7 +495,7 @@ def _shift(
         flat = [t for _, texts in drawn for t in texts]
         scores = gold.score([p for p, _ in drawn for _ in "ab"], flat, normalise=True).mean
         pairs[label] = [
-            PreferenceRow(prompt, *(texts if first > second else texts[::-1]))
+            PreferenceRow(prompt, texts[first < second], texts[first >= second])
             for (prompt, texts), (first, second) in zip(
                 drawn, scores.view(-1, 2).tolist(), strict=True
             )

@@ -140,7 +140,7 @@ def test_batches_hold_every_group_once_within_the_budget(shared_prefix: bool) ->
     assert sorted(i for batch in batches for i in batch) == list(range(40))
     sizes = [form([groups[i] for i in b], pad_id=0).input_ids.numel() for b in batches]
     assert max(sizes) <= 80
-    assert 1 < len(batches) < 20  # and they are not needlessly small
+    assert 1 < len(batches) < 25  # and they are not needlessly small
 
 
 def test_a_group_above_the_budget_travels_alone() -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class PreferenceAccuracy:
     pairs: int
 
 
-def wilson_interval(successes: float, trials: int, *, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: int | float, trials: int, *, confidence: float = 0.95) -> Interval:
     """Interval of a binomial share; unlike `p ± 2 SE` it stays in [0, 1] and holds near its ends.
 
     `(p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`. Wilson 1927
@@ -354,6 +355,7 @@ def _upper_quantile(confidence: float) -> float:
     return (1 + confidence) / 2
 
 
+@lru_cache
 def _student_t_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t, by bisection on the angle `atan(t / sqrt(degrees))`."""
     if degrees > 100_000:  # differs from the normal by less than 1e-4 there

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -22,21 +22,27 @@ def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Float[Tensor, "row
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
     }
-    if takes_position_ids(backbone):
+    # Without sharing, rows are right padded and the model's own count is right; RoBERTa's starts
+    # after its pad id, so ours would be wrong there.
+    if batch.attention_mask.is_floating_point():
         inputs["position_ids"] = batch.position_ids
+    if "use_cache" in _parameters(backbone):
         inputs["use_cache"] = False
     states: Tensor = backbone(**inputs).last_hidden_state
     return states
 
 
 def takes_position_ids(backbone: nn.Module) -> bool:
-    """Decoders get positions from the mask; encoders count their own (RoBERTa from its pad id)."""
+    """Tell whether the forward has `position_ids`: models with ALiBi or recurrence have none."""
+    return "position_ids" in _parameters(backbone)
+
+
+def _parameters(backbone: nn.Module) -> Mapping[str, inspect.Parameter]:
     inner = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
-    parameters = inspect.signature(inner.forward).parameters
-    return "position_ids" in parameters and "use_cache" in parameters
+    return inspect.signature(inner.forward).parameters
 
 
-def can_share_prefixes(backbone: PreTrainedModel | PeftModel | PeftModel) -> bool:
+def can_share_prefixes(backbone: PreTrainedModel | PeftModel) -> bool:
     """Tell by computing whether this backbone reads a packed row as it reads separate ones.
 
     A packed and an unpacked forward of a made-up prompt with two completions are compared. Encoders
@@ -57,7 +63,7 @@ def can_share_prefixes(backbone: PreTrainedModel | PeftModel | PeftModel) -> boo
     return not reason
 
 
-def _refusal(backbone: PreTrainedModel | PeftModel | PeftModel) -> str:
+def _refusal(backbone: PreTrainedModel | PeftModel) -> str:
     text_config = backbone.config.get_text_config()
     if getattr(text_config, "sliding_window", None) and getattr(
         text_config, "use_sliding_window", True
@@ -70,6 +76,9 @@ def _refusal(backbone: PreTrainedModel | PeftModel | PeftModel) -> str:
         return "has layers without full attention, which would mix up a packed row's completions"
     if not takes_position_ids(backbone):
         return "takes no position ids, which a packed row needs"
+    limit = max_positions(backbone)
+    if limit and any(buffer.shape[-2:] == (limit, limit) for buffer in backbone.buffers()):
+        return "keeps a causal mask of fixed size, which a packed row would outgrow"
     high = text_config.vocab_size - 1
     prompt, first, second = [high, 1, 2 % high], [3 % high, high, 1], [high, 2 % high]
     groups = [Group(prompt, [first, second])]
@@ -108,7 +117,7 @@ def _last_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def make_batch(
-    backbone: PreTrainedModel | PeftModel | PeftModel,
+    backbone: PreTrainedModel | PeftModel,
     groups: Sequence[Group],
     *,
     pad_id: int,
@@ -119,7 +128,7 @@ def make_batch(
     return form(groups, pad_id=pad_id).to(backbone.device, backbone.dtype)
 
 
-def max_positions(backbone: PreTrainedModel | PeftModel | PeftModel) -> int | None:
+def max_positions(backbone: PreTrainedModel | PeftModel) -> int | None:
     """Return the longest sequence that the backbone's positions allow, None where unlimited."""
     positions: int | None = getattr(
         backbone.config.get_text_config(), "max_position_embeddings", None

@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -61,7 +61,7 @@ class Policy(nn.Module):
         lora_rank: int = 0,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
-    ) -> Self:
+    ) -> "Policy":
         """Load a causal language model from a folder or the hub."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -227,7 +227,7 @@ class ValueModel(nn.Module):
         self.head = head
 
     @classmethod
-    def from_reward_model(cls, reward_model: RewardModel) -> Self:
+    def from_reward_model(cls, reward_model: RewardModel) -> "ValueModel":
         """Copy the reward model's backbone; its head too where it is scalar, else a zero head.
 
         A critic that starts from the reward model already ranks states by what they will earn
@@ -242,7 +242,7 @@ class ValueModel(nn.Module):
         return cls(backbone.requires_grad_(True), head.to(backbone.device))
 
     @classmethod
-    def from_policy(cls, policy: Policy) -> Self:
+    def from_policy(cls, policy: Policy) -> "ValueModel":
         """Copy the policy's body under a zero head: for rewards that are plain functions."""
         plain = copy.deepcopy(merged(policy.model))
         backbone: PreTrainedModel = getattr(plain, plain.base_model_prefix)

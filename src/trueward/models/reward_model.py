@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -101,7 +101,7 @@ class RewardModel(nn.Module):
         lora_rank: int = 0,
         max_length: int | None = None,
         seed: int = 0,
-    ) -> Self:
+    ) -> "RewardModel":
         """Put a fresh head on a backbone, given as a model or as a path or hub id.
 
         Args:
@@ -314,7 +314,7 @@ class RewardModel(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
-    ) -> Self:
+    ) -> "RewardModel":
         """Load one of ours, or any one-label `AutoModelForSequenceClassification`.
 
         Raises:

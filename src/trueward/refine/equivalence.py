@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ from transformers import (
 
 from trueward.data.formats import DataError, Prompt, text_of
 from trueward.data.packing import Group, pad, token_budget_batches
+from trueward.models.backbone import hidden_states
+from trueward.models.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -330,7 +332,7 @@ class NLIEquivalence:
         batch_size: Pairs in one forward pass; pairs are sorted by length.
         max_length: Tokens of a pair; the model's and tokenizer's own limits win where lower.
         cache_path: A JSONL file to which labels are appended, and from which they are read back.
-            Keys hold the model's name, so models do not read each other's labels.
+            Keys hold the model's name, so named models do not read each other's labels.
     """
 
     def __init__(
@@ -378,7 +380,7 @@ class NLIEquivalence:
         cache_path: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> Self:
+    ) -> "NLIEquivalence":
         """Load a classifier and its tokenizer from a path or the hub.
 
         Raises:

@@ -51,7 +51,7 @@ INK = "#1d1c1a"  # what becomes `currentColor`: no series may have it
 INK_DARK = "#e7e4de"
 _QUIET = 0.7  # opacity of tick labels and axes
 _GRID = 0.12
-_TEXT, _SMALL = 9.0, 8.0  # points
+_TEXT, _SMALL = 9.5, 8.5  # points
 KL_LABEL = "KL from the reference policy (nats)"
 
 
@@ -95,10 +95,20 @@ def curve_figure(
     x_label: str,
     y_label: str,
     x_scale: Scale = "linear",
+    size: tuple[float, float] = (4.5, 3.2),
 ) -> Figure:
-    """All curves on one pair of axes, with a legend below where there are two or more."""
+    """All curves on one pair of axes, with a legend below where there are two or more.
+
+    Args:
+        curves: In the order of the legend.
+        title: Above the axes.
+        x_label: What x is, with its unit.
+        y_label: What y is, with its unit.
+        x_scale: How x is stretched.
+        size: Width and height in inches; text is 8 to 11 points on any.
+    """
     _require_curves(curves)
-    figure = _figure()
+    figure = _figure(width=size[0], height=size[1])
     axes = figure.add_subplot()
     _dress(axes, title=title, x_label=x_label, y_label=y_label)
     for index, curve in enumerate(curves):
@@ -117,6 +127,7 @@ def overoptimization_figure(
     y_label: str = "reward",
     x_scale: Scale = "sqrt",
     panels: bool = False,
+    size: tuple[float, float] | None = None,
 ) -> Figure:
     """Gold (solid) and proxy (dashed) reward of each method against the square root of the KL.
 
@@ -130,6 +141,7 @@ def overoptimization_figure(
         y_label: What their y is.
         x_scale: How x is stretched.
         panels: One small panel for each method on common axes, instead of all methods on one.
+        size: Width and height in inches; None fits them to the panels.
     """
     pairs = [[c for c in pair if c is not None] for pair in methods.values()]
     everything = [c for pair in pairs for c in pair]
@@ -137,9 +149,8 @@ def overoptimization_figure(
     columns = min(3, len(pairs)) if panels else 1
     rows = math.ceil(len(pairs) / columns) if panels else 1
     wide = columns > 1
-    figure = _figure(
-        width=2.6 * columns if wide else 4.8, height=2.2 * rows + 0.8 if rows * columns > 1 else 3.3
-    )
+    fitting = (2.6 * columns if wide else 4.5, 2.2 * rows + 0.9 if rows * columns > 1 else 3.2)
+    figure = _figure(width=(size or fitting)[0], height=(size or fitting)[1])
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for index, (name, (gold, proxy)) in enumerate(methods.items()):
         axes = grid[index if panels else 0]
@@ -149,16 +160,21 @@ def overoptimization_figure(
         _draw(axes, gold, color, dashed=False)
         _mark_peak(axes, gold, color)
         if panels:
-            _dress(axes, title=name, x_label="", y_label="", weight="normal")
+            last = index + columns >= len(pairs)  # of its column
+            _dress(
+                axes,
+                title=name,
+                x_label=x_label if last else "",
+                y_label=y_label if index % columns == 0 else "",
+                weight="normal",
+            )
+            axes.xaxis.label.set_size(_SMALL)
+            axes.tick_params(labelbottom=last)
     for axes in grid[len(pairs) if panels else 1 :]:
         axes.set_visible(False)
     _set_x_scale(grid[0], everything, x_scale, ticks=3 if wide else 6)
     if panels:
         figure.suptitle(_plain(title), x=0.01, ha="left", size=_TEXT + 1, weight="bold", color=INK)
-        figure.supxlabel(_plain(x_label), size=_TEXT, color=INK)
-        figure.supylabel(_plain(y_label), size=_TEXT, color=INK)
-        for axes in grid[: len(pairs)]:
-            axes.tick_params(labelbottom=True)
     else:
         _dress(grid[0], title=title, x_label=x_label, y_label=y_label)
     _overoptimization_legend(figure, methods, named=not panels)
@@ -197,13 +213,15 @@ def bar_figure(
     drawn = colors or [SERIES_LIGHT[0]] * len(names)
     axes.barh(bars.x, bars.y, height=0.62, color=drawn, alpha=0.85, linewidth=0)
     ends = list(bars.y)
+    largest = max((abs(v) for v in bars.y if math.isfinite(v)), default=0.0) or 1.0
+    decimals = min(max(2 - math.floor(math.log10(largest)), 0), 4)
     if bars.low is not None and bars.high is not None:
         axes.hlines(bars.x, bars.low, bars.high, color=INK, linewidth=1.2)
         ends = [max(pair) for pair in zip(bars.high, bars.y, strict=True)]
     for place, (end, value) in enumerate(zip(ends, bars.y, strict=True)):
         if math.isfinite(value) and math.isfinite(end):
             axes.annotate(
-                f"{value:.3g}".replace("-", "\N{MINUS SIGN}"),
+                f"{value:.{decimals}f}".replace("-", "\N{MINUS SIGN}"),
                 (max(end, 0.0), place),
                 xytext=(4, 0),
                 textcoords="offset points",
@@ -237,7 +255,7 @@ def reliability_figure(
     if not confidence:
         raise ValueError("a reliability figure needs at least one example, got empty bins only.")
     width = 1.0 / len(curve.centres)
-    figure = _figure(width=4.0, height=4.2)
+    figure = _figure(height=4.2)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     _dress(above, title=title, x_label="", y_label=y_label)
     _dress(below, title="", x_label=x_label, y_label="examples")
@@ -339,7 +357,7 @@ def sqrt_ticks(low: float, high: float, *, count: int = 6) -> list[float]:
 # --- drawing ---
 
 
-def _figure(*, width: float = 4.8, height: float = 3.3) -> Figure:
+def _figure(*, width: float = 4.5, height: float = 3.2) -> Figure:
     """Start a figure narrow enough that its text stays readable when a phone shows it whole."""
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -417,6 +435,8 @@ def _set_x_scale(axes: Axes, curves: Sequence[Curve], scale: Scale, *, ticks: in
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}"))
         )
+    elif scale != "linear":
+        raise ValueError(f"x_scale must be 'linear', 'sqrt' or 'log', got {scale!r}.")
 
 
 Entry = tuple[str, str, bool]  # name, colour, dashed
@@ -483,8 +503,10 @@ def _plain(text: str) -> str:
 @contextmanager
 def _output_settings() -> Iterator[None]:
     """Apply what matplotlib reads from its settings alone: text as text, ids from the drawing."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "trueward", "pdf.fonttype": 42}
-    with mpl.rc_context(settings), warnings.catch_warnings():
+    with (
+        mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "trueward", "pdf.fonttype": 42}),
+        warnings.catch_warnings(),
+    ):
         # The reader's browser has the letters that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield

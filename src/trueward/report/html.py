@@ -95,6 +95,7 @@ def render_report(*, title: str, lead: str, sections: Sequence[Section], footer:
     )
     environment.filters |= {"prose": _prose, "number": format_number}
     environment.globals |= {"set_table": _set_table, "set_figure": _set_figure}
+    environment.globals["figure_class"] = _figure_class
     source = resources.files(__package__).joinpath("template.html.j2").read_text("utf-8")
     return environment.from_string(source).render(
         title=title,
@@ -111,13 +112,17 @@ def format_number(value: Cell, decimals: int | None = None) -> str:
         return "–"
     if isinstance(value, str):
         return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, int):
         text = str(value)
     elif not math.isfinite(value):
         text = "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
-    elif decimals is not None and (value == 0 or abs(value) >= 0.5 * 10**-decimals):
+    elif value == 0:
+        text = "0" if decimals is None else f"{0:.{decimals}f}"  # never -0.000
+    elif decimals is not None and abs(value) >= 0.5 * 10**-decimals:
         text = f"{value:.{decimals}f}"
-    elif value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
+    elif abs(value) < 1e-3 or abs(value) >= 1e6:
         text = f"{value:.2e}"
     else:
         text = f"{value:.{_decimals(abs(value))}f}"
@@ -141,7 +146,7 @@ def is_number_column(cells: Sequence[Cell]) -> bool:
     return bool(held) and all(not isinstance(c, str) or _NUMBERS.fullmatch(c) for c in held)
 
 
-_LEADING = re.compile(r"\s*([+\-\N{MINUS SIGN}]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
+_LEADING = re.compile(r"[\s\[(]*([+\-\N{MINUS SIGN}]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
 _NUMBERS = re.compile(_LEADING.pattern + r"[\d.,;\s±\[\]()%/e+\-–\N{MINUS SIGN}]*", re.IGNORECASE)
 
 
@@ -184,10 +189,21 @@ def _sort_key(cell: Cell, numeric: bool) -> str:
 
 
 def _set_figure(figure: FigureHtml, number: int) -> dict[str, object]:
-    box = re.search(r'viewBox="[\d.\-]+ [\d.\-]+ ([\d.]+)', figure.svg)
-    width = float(box[1]) if box else 0.0
     # A wide one would shrink beyond reading on a phone: it scrolls in its own box.
-    return {"svg": Markup(with_id_prefix(figure.svg, f"figure-{number}-")), "wide": width > 400}
+    wide = _width(figure) > 400
+    return {"svg": Markup(with_id_prefix(figure.svg, f"figure-{number}-")), "wide": wide}
+
+
+def _figure_class(figures: Sequence[FigureHtml]) -> str:
+    """Return how figures stand together: small ones in more columns, a single one by itself."""
+    if all(_width(figure) < 300 for figure in figures):
+        return "small"
+    return "alone" if len(figures) == 1 else ""
+
+
+def _width(figure: FigureHtml) -> float:
+    box = re.search(r'viewBox="[\d.\-]+ [\d.\-]+ ([\d.]+)', figure.svg)
+    return float(box[1]) if box else 0.0
 
 
 def _prose(text: str) -> Markup:

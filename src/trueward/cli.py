@@ -1,0 +1,86 @@
+"""The commands; nothing but parsing, and calling `trueward.commands`."""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "the whole story on the embedded world, in minutes, without a download",
+    "sft": "train a policy on demonstrations",
+    "reward": "train a reward model on preferences",
+    "policy": "optimise a policy against a reward: ppo, rloo or grpo",
+    "sample": "draw completions: prompts in, JSONL out",
+    "score": "score completions: JSONL in, JSONL out",
+    "refine": "retrain a reward model on policy samples: spg or uml",
+    "rlp": "the whole pipeline, resumable, for as many rounds as asked",
+    "evaluate": "a reward model on preferences, or completions by win rate",
+    "report": "the HTML report of a run",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; a user's error is one sentence and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from trueward import __version__
+
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        print(f"trueward: unknown command '{name}'; did you mean '{near}'?", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("trueward").setLevel(logging.INFO)
+    return _run(name, rest)
+
+
+def usage() -> str:
+    """Return what `trueward --help` prints."""
+    lines = [f"  {name:<10} {does}" for name, does in COMMANDS.items()]
+    return (
+        "usage: trueward COMMAND [--config FILE.yaml] [--any.field value ...]\n\n"
+        "Reward learning that survives optimisation.\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\n`trueward COMMAND --help` lists a command's fields."
+    )
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    from safetensors import SafetensorError
+
+    from trueward import commands
+
+    try:
+        commands.run(name, arguments)
+    except KeyboardInterrupt:
+        print(f"\ntrueward {name}: interrupted; run it again to go on.", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError, RuntimeError) as error:
+        if os.environ.get("TRUEWARD_TRACEBACK"):
+            raise
+        print(f"trueward {name}: {_sentence(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _sentence(error: BaseException) -> str:
+    """Return an error's first line, with what to do about a full disk or too little memory."""
+    text = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+    if "No space left" in str(error) or "File too large" in str(error):
+        return f"{text.rstrip('.')}: free some space and run it again, it goes on where it was."
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename} does not exist: check the path."
+    if isinstance(error, RuntimeError | TypeError) or not text:
+        return f"{type(error).__name__}: {text} (TRUEWARD_TRACEBACK=1 shows where)"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Configurations from YAML and the command line: YAML sets defaults, the command line wins."""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from trueward.data.sources import DataError
+
+T = TypeVar("T")
+
+
+def parse(config_class: type[T], arguments: Sequence[str], *, command: str) -> T:
+    """Build a configuration from `--config FILE.yaml` and `--any.field value` arguments.
+
+    Raises:
+        DataError: The YAML file is missing or broken, or has an unknown key or a value of the
+            wrong type; the message names file, line and the nearest known key.
+    """
+    files, rest = _take_config(list(arguments))
+    from_yaml = [a for file in files for a in yaml_arguments(config_class, Path(file))]
+    return tyro.cli(
+        config_class,
+        prog=f"trueward {command}",
+        args=[*from_yaml, *rest],
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _take_config(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split `--config FILE` off the arguments."""
+    files, rest = [], []
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--config":
+            if not arguments:
+                raise DataError("--config needs a YAML file after it.")
+            files.append(arguments.pop(0))
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    return files, rest
+
+
+def yaml_arguments(config_class: type, path: Path) -> list[str]:
+    """Return a YAML file's values as command-line arguments, after checking every key."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise DataError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise DataError(f"{where} is no valid YAML: {problem}.") from error
+    if root is None:
+        return []
+    return list(_arguments(config_class, root, path, prefix=""))
+
+
+def _arguments(config_class: type, node: yaml.Node, path: Path, *, prefix: str) -> Iterator[str]:
+    where = f"{path}:{node.start_mark.line + 1}"
+    if not isinstance(node, yaml.MappingNode):
+        inside = f"'{prefix.rstrip('.')}'" if prefix else "The file"
+        raise DataError(f"{where}: {inside} must hold `key: value` lines.")
+    hints = get_type_hints(config_class)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(config_class)}
+    for key_node, value in node.value:
+        key = str(key_node.value)
+        line = f"{path}:{key_node.start_mark.line + 1}"
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+            raise DataError(
+                f"{line}: unknown key '{prefix}{key}'; the nearest known one is "
+                f"'{prefix}{near[0]}'."
+            )
+        wanted = fields[key]
+        if dataclasses.is_dataclass(wanted):
+            yield from _arguments(wanted, value, path, prefix=f"{prefix}{key}.")  # type: ignore[arg-type]
+        else:
+            loaded = _construct(value)
+            _require_type(loaded, wanted, line, f"{prefix}{key}")
+            yield f"--{prefix}{key}"
+            yield from _words(loaded)
+
+
+def _construct(node: yaml.Node) -> Any:
+    return yaml.safe_load(yaml.serialize(node))
+
+
+def _words(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield str(item)
+    elif isinstance(value, list):
+        yield from map(str, value)
+    else:
+        yield str(value)
+
+
+def _require_type(value: object, wanted: Any, where: str, name: str) -> None:
+    """Refuse a value that the field cannot hold, with the file and line."""
+    if _fits(value, wanted):
+        return
+    raise DataError(f"{where}: '{name}' must be {_describe(wanted)}, got {value!r}.")
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, a) for a in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, arguments[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, arguments[1]) for v in value.values())
+    if wanted is type(None):
+        return value is None
+    if wanted is bool:
+        return isinstance(value, bool)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if wanted is float:
+        return _is_number(value)
+    if wanted is str:
+        return isinstance(value, str | int | float)
+    return True
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    try:  # YAML 1.1 reads 1e-4 as text
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _describe(wanted: Any) -> str:
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(a) for a in arguments)
+    if origin is list:
+        return "a list"
+    if origin is dict:
+        return "`name: value` lines"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(wanted, "nothing" if wanted is type(None) else str(wanted))
