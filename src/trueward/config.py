@@ -18,12 +18,19 @@ T = TypeVar("T")
 def parse(config_class: type[T], arguments: Sequence[str], *, command: str) -> T:
     """Build a configuration from `--config FILE.yaml` and `--any.field value` arguments.
 
+    A file may hold variants of itself under `settings:`; `--setting NAME` lays one over the rest.
+
     Raises:
         DataError: The YAML file is missing or broken, or has an unknown key or a value of the
             wrong type; the message names file, line and the nearest known key.
     """
-    files, rest = _take_config(list(arguments))
-    from_yaml = [a for file in files for a in yaml_arguments(config_class, Path(file))]
+    rest = list(arguments)
+    files, settings = _take(rest, "--config"), _take(rest, "--setting")
+    if settings and not files:
+        raise DataError("--setting names a part of a --config file: give that file too.")
+    from_yaml = [
+        a for file in files for a in yaml_arguments(config_class, Path(file), settings=settings)
+    ]
     return tyro.cli(
         config_class,
         prog=f"trueward {command}",
@@ -32,23 +39,22 @@ def parse(config_class: type[T], arguments: Sequence[str], *, command: str) -> T
     )
 
 
-def _take_config(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split `--config FILE` off the arguments."""
-    files, rest = [], []
-    while arguments:
-        argument = arguments.pop(0)
-        if argument == "--config":
-            if not arguments:
-                raise DataError("--config needs a YAML file after it.")
-            files.append(arguments.pop(0))
-        elif argument.startswith("--config="):
-            files.append(argument.removeprefix("--config="))
-        else:
-            rest.append(argument)
-    return files, rest
+def _take(arguments: list[str], option: str) -> list[str]:
+    """Remove an option and its value wherever they stand in the list; return the values."""
+    values = []
+    while True:
+        at = next((i for i, a in enumerate(arguments) if a.partition("=")[0] == option), None)
+        if at is None:
+            return values
+        _, equals, value = arguments.pop(at).partition("=")
+        if not equals:
+            if at >= len(arguments):
+                raise DataError(f"{option} needs a value after it.")
+            value = arguments.pop(at)
+        values.append(value)
 
 
-def yaml_arguments(config_class: type, path: Path) -> list[str]:
+def yaml_arguments(config_class: type, path: Path, *, settings: Sequence[str] = ()) -> list[str]:
     """Return a YAML file's values as command-line arguments, after checking every key."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
@@ -61,7 +67,25 @@ def yaml_arguments(config_class: type, path: Path) -> list[str]:
         raise DataError(f"{where} is no valid YAML: {problem}.") from error
     if root is None:
         return []
-    return list(_arguments(config_class, root, path, prefix=""))
+    variants = _pop_settings(root)
+    arguments = list(_arguments(config_class, root, path, prefix=""))
+    for name in variants:  # all are checked, the named ones are used
+        laid_over = list(_arguments(config_class, variants[name], path, prefix=""))
+        arguments += laid_over if name in settings else []
+    for name in settings:
+        if name not in variants:
+            known = ", ".join(variants) or "none"
+            raise DataError(f"{path} has no setting '{name}'; it has: {known}.")
+    return arguments
+
+
+def _pop_settings(root: yaml.Node) -> dict[str, yaml.Node]:
+    """Take the `settings:` part out of a file's tree."""
+    if not isinstance(root, yaml.MappingNode):
+        return {}
+    found = [pair for pair in root.value if pair[0].value == "settings"]
+    root.value = [pair for pair in root.value if pair not in found]
+    return {key.value: node for _, part in found for key, node in part.value}
 
 
 def _arguments(config_class: type, node: yaml.Node, path: Path, *, prefix: str) -> Iterator[str]:

@@ -32,6 +32,7 @@ from trueward.data.formats import (
     load_demonstrations,
     load_preferences,
     load_prompts,
+    prompt_key,
     text_of,
     write_jsonl,
 )
@@ -140,6 +141,7 @@ class RLPData:
     max_demonstrations: int = 0  # 0 = all
     max_preferences: int = 0
     max_prompts: int = 0
+    skip_prompts: int = 0  # passed over first, where `prompts` begins with the demonstrations
     max_gold_preferences: int = 0  # of each source
     max_evaluation: int = 0  # of each source
     evaluation_prompts: int = 200  # held out from `prompts`, for the policies
@@ -252,8 +254,8 @@ def _load(config: RLPConfig) -> _Inputs:
     preferences = load_preferences(
         data.preferences, max_rows=data.max_preferences or None, **common
     )
-    wanted = data.max_prompts + data.evaluation_prompts if data.max_prompts else None
-    prompts = load_prompts(data.prompts, max_rows=wanted, **common)
+    wanted = data.skip_prompts + data.max_prompts + data.evaluation_prompts
+    prompts = load_prompts(data.prompts, max_rows=wanted if data.max_prompts else None, **common)
     gold = [
         load_preferences(s, max_rows=data.max_gold_preferences or None, **common)
         for s in data.gold_preferences
@@ -262,22 +264,37 @@ def _load(config: RLPConfig) -> _Inputs:
         name: load_preferences(s, max_rows=data.max_evaluation or None, **common)
         for name, s in data.evaluation.items()
     }
-    unlabelled = [row.prompt for row in prompts.rows]
+    parts: list[Loaded[Any]] = [demonstrations, preferences, prompts, *gold, *evaluation.values()]
+    # Nothing is trained on that is reported on.
+    reserved = {prompt_key(row.prompt) for part in evaluation.values() for row in part.rows}
+    trained = [_without(part, reserved) for part in (demonstrations, preferences, prompts, *gold)]
+    unlabelled = [row.prompt for row in trained[2][data.skip_prompts :]]
     if len(unlabelled) <= data.evaluation_prompts:
         raise DataError(
-            f"{data.prompts} has {len(unlabelled)} prompts, of which evaluation_prompts="
-            f"{data.evaluation_prompts} are held out: none is left for the policy."
+            f"{data.prompts} has {len(unlabelled)} prompts after skip_prompts={data.skip_prompts}, "
+            f"of which evaluation_prompts={data.evaluation_prompts} are held out: none is left for "
+            "the policy."
         )
-    parts: list[Loaded[Any]] = [demonstrations, preferences, prompts, *gold, *evaluation.values()]
     return _Inputs(
-        demonstrations=demonstrations.rows,
-        preferences=preferences.rows,
+        demonstrations=trained[0],
+        preferences=trained[1],
         prompts=unlabelled[data.evaluation_prompts :],
         held_out=unlabelled[: data.evaluation_prompts],
-        gold=[row for part in gold for row in part.rows],
+        gold=[row for rows in trained[3:] for row in rows],
         evaluation={name: part.rows for name, part in evaluation.items()},
         reports=[part.report for part in parts],
     )
+
+
+def _without(part: Loaded[Any], reserved: set[str]) -> list[Any]:
+    """Return the rows whose prompt is in no evaluation set, and report the others."""
+    kept = []
+    for row in part.rows:
+        if prompt_key(row.prompt) in reserved:
+            part.report.add("in an evaluation set", row.where, "its prompt is reported on")
+        else:
+            kept.append(row)
+    return kept
 
 
 def _sft(config: RLPConfig, inputs: _Inputs, out: Path) -> Policy:

@@ -16,10 +16,10 @@ from trueward.evaluate.calibration import (
 )
 
 
-def sample(seed: int, size: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(seed: int, size: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     probabilities = torch.rand(size, generator=generator)
-    outcomes = (torch.rand(size, generator=generator) < probabilities**2).int()
+    outcomes = torch.randint(2, (size,), generator=generator)
     return probabilities, outcomes
 
 

@@ -413,7 +413,7 @@ def test_a_prompt_cut_for_the_longer_view_fits_both() -> None:
     model = reward_model(max_length=40)
     long = " ".join(["cat"] * 30)
     rows: list[tuple[Prompt, list[Completion]]] = [
-        (f"{i} {long}", ["a cat", " ".join(["dog"] * 15)]) for i in "ab"
+        (f"{i} {long}", ["a cat", " ".join(["dog"] * 8)]) for i in "ab"
     ]
     seen: list[int] = []
     model.backbone.register_forward_pre_hook(

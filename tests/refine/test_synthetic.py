@@ -107,23 +107,23 @@ def test_the_chosen_text_itself_is_never_rejected() -> None:
             ["a", "a", "a", "b"],
             [2.0, 1.0, 0.0, 0.0],
             [0, 0, 1, 2],
-            gamma=0,
+            gamma=0.0,
             generator=generator(seed),
         )
         assert pair == (0, 3)
-    pair = select_pair(["a", "a"], [1.0, 0.0], [0, 1], gamma=0, generator=generator())
+    pair = select_pair(["a", "a"], [1.0, 0.0], [0, 1], gamma=0.0, generator=generator())
     assert pair is Skipped.SINGLE_CLUSTER
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"confidence in \[0, 1\], got 50"):
-        pick([1.0, 2.0], [0, 1], gamma=50)
+    with pytest.raises(ValueError, match=r"confidence in \[0, 1\], got 50.0"):
+        pick([1.0, 2.0], [0, 1], gamma=50.0)
     with pytest.raises(ValueError, match="got 2 completions, 2 rewards and 1 clusters"):
         pick([1.0, 2.0], [0])
     with pytest.raises(ValueError, match="must be finite"):
         pick([1.0, math.nan], [0, 1])
     with pytest.raises(ValueError, match="got -1"):
-        synthetic_preferences([], [], torch.zeros(0, 2), equivalent=exact_match, gamma=-1)
+        synthetic_preferences([], [], torch.zeros(0, 2), equivalent=exact_match, gamma=-1.0)
 
 
 # --- synthetic_preferences -----------------------------------------------------------------------

@@ -274,7 +274,7 @@ class ChatJudge:
                 pairs=len(forward),
                 unparsable=unparsable,
                 parsed=len(parsed),
-                first_shown_score=sum(parsed),
+                first_shown_score=float(sum(parsed)),
                 pairs_parsed_twice=len(both),
                 disagreements=sum(one != two for one, two in both),
             )

@@ -324,7 +324,7 @@ def _result(
     return SyntheticResult(preferences=preferences, report=report)
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[int] | Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 

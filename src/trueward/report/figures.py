@@ -399,7 +399,7 @@ def _draw(axes: Axes, curve: Curve, color: str, *, dashed: bool | None = None) -
         curve.x,
         curve.y,
         color=color,
-        linewidth=1.3 if dash else 1.7,
+        linewidth=1.3 if dash or len(curve.y) > 100 else 1.7,  # many steps are noisy
         linestyle=(0, (4, 2.2)) if dash else "-",
         # A line of one point cannot be seen, and few points should show where they are.
         marker="o" if len(curve.y) <= 2 else None,
@@ -421,6 +421,9 @@ def _set_x_scale(axes: Axes, curves: Sequence[Curve], scale: Scale, *, ticks: in
         if low <= 0:
             raise ValueError(f"a log scale needs x above 0, got {low}: take 'sqrt' or 'linear'.")
         axes.set_xscale("log")
+        if len(set(found)) <= 8:  # as of best-of-n: say which
+            axes.xaxis.set_major_locator(FixedLocator(sorted(set(found))))
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     elif scale == "sqrt":
         # Signed, as an estimate of the KL (k1) may lie below zero.

@@ -146,8 +146,8 @@ def is_number_column(cells: Sequence[Cell]) -> bool:
     return bool(held) and all(not isinstance(c, str) or _NUMBERS.fullmatch(c) for c in held)
 
 
-_LEADING = re.compile(r"[\s\[(]*([+\-\N{MINUS SIGN}]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
-_NUMBERS = re.compile(_LEADING.pattern + r"[\d.,;\s±\[\]()%/e+\-–\N{MINUS SIGN}]*", re.IGNORECASE)
+_LEADING = re.compile(r"[\s\[(]*([+\-−]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
+_NUMBERS = re.compile(_LEADING.pattern + r"[\d.,;\s±\[\]()%/e+\-–−]*", re.IGNORECASE)
 
 
 def _decimals(size: float) -> int:

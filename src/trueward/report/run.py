@@ -270,7 +270,7 @@ def _remarks(run: _Run) -> list[str]:
     if any(len(points) > _MOST_POINTS for points in shown):
         found.append("Lines are means over successive steps, in bands from lowest to highest.")
     constant = [
-        f"`{key}` {points[0][1]:.4g}".replace("-", "\N{MINUS SIGN}")
+        f"`{key}` " + f"{points[0][1]:.4g}".replace("-", "\N{MINUS SIGN}")
         for series in run.series.values()
         for key, points in series.items()
         if key not in _BOOKKEEPING and _is_constant(points)
@@ -430,12 +430,11 @@ def _by_scale(members: Mapping[str, Points], *, most: float = 20.0) -> list[dict
     return [part for _, part in parts]
 
 
-def _thinned(name: str, points: Points) -> Curve:
-    """Return a line of at most `_MOST_POINTS` means over equal stretches, in the band they span."""
-    if len(points) <= _MOST_POINTS:
-        x, y = zip(*points, strict=True)
-        return Curve(name=name, x=x, y=y)
-    width = math.ceil(len(points) / _MOST_POINTS)
+def _thinned(name: str, points: Points, *, most: int = _MOST_POINTS) -> Curve:
+    """Return a line of at most `most` means over equal stretches, in the band that they span."""
+    if len(points) <= most:
+        return Curve(name=name, x=[x for x, _ in points], y=[y for _, y in points])
+    width = math.ceil(len(points) / most)
     parts = [points[i : i + width] for i in range(0, len(points), width)]
     values = [[v for _, v in part if math.isfinite(v)] or [math.nan] for part in parts]
     return Curve(
@@ -465,7 +464,9 @@ def _gold_figure(series: Mapping[str, Points]) -> FigureHtml | None:
 
 def _against(kl: Mapping[float, float], points: Points, name: str) -> Curve:
     at = [(kl[step], value) for step, value in points if math.isfinite(kl.get(step, math.nan))]
-    return Curve(name=name, x=[x for x, _ in at], y=[y for _, y in at])
+    # Means over a few steps: neither the KL nor the reward of a single step is smooth.
+    curve = _thinned(name, at, most=60)
+    return Curve(name=name, x=curve.x, y=curve.y)
 
 
 def _is_constant(points: Points) -> bool:
