@@ -13,7 +13,7 @@ from trueward.testing import tiny_tokenizer
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_and_small() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 

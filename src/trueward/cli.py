@@ -54,9 +54,12 @@ def usage() -> str:
 
 def _run(name: str, arguments: list[str]) -> int:
     from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
 
     from trueward import commands
 
+    transformers_logging.set_verbosity_error()  # its load reports and bars are not our progress
+    transformers_logging.disable_progress_bar()
     try:
         commands.run(name, arguments)
     except KeyboardInterrupt:

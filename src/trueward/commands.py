@@ -274,7 +274,9 @@ def refine(config: RefineCommand) -> None:
             [p for p, _ in drawn],
             [texts for _, texts in drawn],
             config.objective.build()(posterior).view(len(drawn), -1),
-            equivalent=config.spg.build(embedder, cache=out / "nli_cache.jsonl"),
+            equivalent=config.spg.build(
+                embedder, [t for _, t in drawn], cache=out / "nli_cache.jsonl"
+            ),
             gamma=config.spg.gamma,
             seed=config.train.seed,
         )

@@ -41,7 +41,7 @@ def parse(config_class: type[T], arguments: Sequence[str], *, command: str) -> T
 
 def _take(arguments: list[str], option: str) -> list[str]:
     """Remove an option and its value wherever they stand in the list; return the values."""
-    values = []
+    values: list[str] = []
     while True:
         at = next((i for i, a in enumerate(arguments) if a.partition("=")[0] == option), None)
         if at is None:

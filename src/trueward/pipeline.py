@@ -51,6 +51,7 @@ from trueward.refine.equivalence import (
     exact_match,
     mean_state_embedding,
     sentence_transformer,
+    unrelated_threshold,
 )
 from trueward.refine.multiview import MultiView, MultiViewConfig
 from trueward.refine.synthetic import synthetic_preferences
@@ -109,21 +110,40 @@ class SPGConfig:
     equivalence: Literal["exact", "answer", "policy_states", "embedding", "nli"] = "policy_states"
     model: str = "microsoft/deberta-large-mnli"  # for nli; a sentence-transformers name otherwise
     mode: Literal["relaxed", "strict", "no_contradiction"] = "relaxed"  # nli
-    threshold: float = 0.9  # cosine similarity, for policy_states and embedding
+    threshold: float | None = None  # cosine similarity, for policy_states and embedding
+    level: float = 0.95  # without a threshold: the quantile of unrelated completions' cosines
 
-    def build(self, policy: Policy | None, cache: Path | None = None) -> Equivalence:
-        """Return the equivalence test; `policy_states` embeds with the policy's own states."""
+    def build(
+        self,
+        policy: Policy | None,
+        completions: Sequence[Sequence[str]],
+        cache: Path | None = None,
+    ) -> Equivalence:
+        """Return the equivalence test.
+
+        Args:
+            policy: Whose states embed the texts, for `policy_states`.
+            completions: By prompt; the first of each calibrates the embedding's threshold.
+            cache: File in which `nli` keeps its labels.
+        """
         if self.equivalence == "exact":
             return exact_match
         if self.equivalence == "answer":
             return exact_answer
         if self.equivalence == "nli":
             return NLIEquivalence.from_pretrained(self.model, mode=self.mode, cache_path=cache)
+        unrelated = [texts[0] for texts in completions[:256] if texts]
         if self.equivalence == "embedding":
-            return EmbeddingEquivalence(sentence_transformer(self.model), threshold=self.threshold)
-        if policy is None:
+            embed = sentence_transformer(self.model)
+        elif policy is None:
             raise ValueError("equivalence=policy_states needs a policy to embed with.")
-        return EmbeddingEquivalence(mean_state_embedding(policy), threshold=self.threshold)
+        else:
+            embed = mean_state_embedding(policy, reference=unrelated)
+        threshold = self.threshold
+        if threshold is None:
+            threshold = unrelated_threshold(embed, unrelated, level=self.level)
+            logger.info("Completions count as equivalent from a cosine of %.3f.", threshold)
+        return EmbeddingEquivalence(embed, threshold=threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +245,7 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
             label = f"RLP-{method.upper()}" + (f" round {round_}" if config.rounds > 1 else "")
             policies[label] = (current, model)
     rows = {
-        label: _judge(config, label, policy, reward, gold, inputs, out)
+        label: _evaluate_policy(config, label, policy, reward, gold, inputs, out)
         for label, (policy, _) in policies.items()
     }
     shift = _shift(config, policies, gold, inputs, out)
@@ -267,7 +287,8 @@ def _load(config: RLPConfig) -> _Inputs:
     parts: list[Loaded[Any]] = [demonstrations, preferences, prompts, *gold, *evaluation.values()]
     # Nothing is trained on that is reported on.
     reserved = {prompt_key(row.prompt) for part in evaluation.values() for row in part.rows}
-    trained = [_without(part, reserved) for part in (demonstrations, preferences, prompts, *gold)]
+    trainable: list[Loaded[Any]] = [demonstrations, preferences, prompts, *gold]
+    trained = [_without(part, reserved) for part in trainable]
     unlabelled = [row.prompt for row in trained[2][data.skip_prompts :]]
     if len(unlabelled) <= data.evaluation_prompts:
         raise DataError(
@@ -429,7 +450,9 @@ def _refine(
             prompts,
             texts,
             rewards,
-            equivalent=config.spg.build(sft, cache=pairs / "nli_cache.jsonl"),
+            equivalent=config.spg.build(
+                sft, [t for ts in texts for t in ts][:512], cache=pairs / "nli_cache.jsonl"
+            ),
             gamma=config.spg.gamma,
             seed=config.seed,
         )
@@ -447,15 +470,23 @@ def _refine(
 
 
 def evaluate_on(model: RewardModel, sources: dict[str, list[PreferenceRow]]) -> dict[str, float]:
-    """Return `NAME/metric` of a reward model on each set of preferences, and their mean length."""
-    return {
-        f"{name}/{key}": value
-        for name, rows in sources.items()
-        for key, value in evaluate_preferences(model.score, rows).items()
-    }
+    """Return `NAME/metric` of a reward model on each set of preferences.
+
+    Rows with a side longer than the model's context are left out and counted in `NAME/overlong`.
+    """
+    found: dict[str, float] = {}
+    for name, rows in sources.items():
+        fitting = [
+            r for r in rows if model.fits(r.prompt, r.chosen) and model.fits(r.prompt, r.rejected)
+        ]
+        found[f"{name}/overlong"] = len(rows) - len(fitting)
+        if fitting:
+            metrics = evaluate_preferences(model.score, fitting)
+            found |= {f"{name}/{key}": value for key, value in metrics.items()}
+    return found
 
 
-def _judge(
+def _evaluate_policy(
     config: RLPConfig,
     label: str,
     policy: Policy,

@@ -1,5 +1,6 @@
 """Completions from a policy: n for each prompt, seeded, finished rows leaving the batch."""
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Sequence
@@ -124,16 +125,21 @@ def sample_to_file(
     *,
     shard_size: int = 64,
     progress: bool | None = False,
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """Draw completions into a JSONL file, a row for each prompt, and return their statistics.
 
     Rows hold `prompt`, `completions`, `finished` and `logps` (each completion's summed
     log-probability). Prompts are worked off in shards kept beside the file until all are there, so
-    a killed run goes on at its first missing shard and ends with the same file.
+    a killed run goes on at its first missing shard and ends with the same file. Shards of other
+    prompts or settings are dropped.
     """
     path = Path(path)
     shards = path.with_suffix(".shards")
+    key = hashlib.sha256(repr((config, shard_size, list(prompts))).encode()).hexdigest()
+    if shards.exists() and not (shards / key).exists():
+        shutil.rmtree(shards)
     shards.mkdir(parents=True, exist_ok=True)
+    (shards / key).touch()
     files = []
     starts = range(0, len(prompts), shard_size)
     hidden = None if progress is None else not progress

@@ -41,7 +41,7 @@ def tiny_config(
     layers: int = 2,
     heads: int = 4,
     max_positions: int = 512,
-    pad_token_id: int = 0,
+    pad_token_id: int | None = 0,
     bos_token_id: int = 1,
     eos_token_id: int = 2,
     **overrides: Any,

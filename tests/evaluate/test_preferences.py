@@ -217,6 +217,18 @@ def test_margin_std_cancels_what_a_member_adds_to_both_sides() -> None:
     assert metrics["between_member_std"] == pytest.approx((10 + 12 + 10 + 10) / 4)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_margin_std_takes_in_the_stds_of_both_sides(side: int) -> None:
+    # One member, margins 3, 1, -1: the more wrong, the wider one of its two sides.
+    means = torch.tensor([[3.0], [0.0], [1.0], [0.0], [-1.0], [0.0]])
+    stds = torch.full((6, 1), 0.1)
+    stds[side::2, 0] = torch.tensor([0.2, 0.3, 0.4])
+    metrics = evaluate_preferences(
+        lambda prompts, completions: RewardPosterior(means, stds), rows(*[("a", "b")] * 3)
+    )
+    assert metrics["std_error_spearman"] == pytest.approx(1.0)
+
+
 def test_uncertainty_metrics_are_left_out_where_there_is_none() -> None:
     metrics = evaluate_preferences(length_and_table, rows(("a", "b"), ("a", "ccc")))
     assert not [name for name in metrics if "member" in name or "std_error" in name]

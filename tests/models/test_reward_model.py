@@ -35,7 +35,7 @@ GROUPS = [
 ]
 TEXTS = tiny_texts(6, seed=3)
 PROMPTS = [TEXTS[0]] * 3 + [TEXTS[1]] + [TEXTS[0]] + [TEXTS[2]]
-COMPLETIONS = tiny_texts(5, seed=4) + ["."]
+COMPLETIONS = [*tiny_texts(5, seed=4), "."]
 
 
 def made(tokenizer: PreTrainedTokenizerFast, model_type: str = "llama", **options) -> RewardModel:
@@ -322,7 +322,7 @@ def test_head_and_rewards_are_float32_under_a_bf16_backbone(
 def test_negative_members_and_a_missing_tokenizer_are_refused(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    with pytest.raises(ValueError, match="members must be 0 .scalar. or at least 1, got -1"):
+    with pytest.raises(ValueError, match=r"members must be 0 .scalar. or at least 1, got -1"):
         made(tokenizer, members=-1)
     with pytest.raises(ValueError, match="needs its tokenizer"):
         RewardModel.from_backbone(tiny_backbone())
@@ -426,7 +426,7 @@ def perturbed(model: RewardModel) -> RewardModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -476,7 +476,9 @@ def test_transformers_alone_reads_a_scalar_model_in_another_process(saved, name:
     scores = models_[name].score(PROMPTS, COMPLETIONS).means
     for reader in ("transformers", "means"):
         theirs = torch.tensor(read[f"{reader}/{name}"]).view(6, 1)
-        torch.testing.assert_close(theirs, scores, atol=1e-6, rtol=1e-6, msg=reader)
+        # Merging adds the adapter to the weights once, which rounds differently.
+        tolerance = 1e-5 if name.startswith("lora") else 1e-6
+        torch.testing.assert_close(theirs, scores, atol=tolerance, rtol=1e-6, msg=reader)
 
 
 def test_a_bf16_backbone_is_read_with_the_same_scores(saved) -> None:

@@ -33,7 +33,10 @@ from trueward.refine.equivalence import (
 )
 from trueward.testing import tiny_config
 
-WORDS = ("sky is blue red green why the a it not because of light what colour cold hot").split()
+WORDS = [
+    *("sky", "is", "blue", "red", "green", "why", "the", "a", "it"),
+    *("not", "because", "of", "light", "what", "colour", "cold", "hot"),
+]
 
 
 @pytest.fixture
@@ -291,6 +294,11 @@ def test_embeddings_are_compared_by_cosine_and_computed_once() -> None:
 def test_default_threshold_is_085() -> None:
     near = EmbeddingEquivalence(embed_numbers([]))
     assert near(["p", "p"], ["0", "0"], ["31", "32"]) == [True, False]  # cos 0.857, 0.848
+
+
+def test_the_threshold_is_inclusive() -> None:
+    axes = EmbeddingEquivalence(lambda some: torch.eye(2)[: len(some)], threshold=0.0)
+    assert axes(["p"], ["0"], ["1"]) == [True]  # orthogonal: exactly 0
 
 
 def test_a_text_is_itself_at_any_threshold() -> None:

@@ -172,7 +172,7 @@ def test_preferences_and_report_by_hand() -> None:
             prompt=[{"role": "user", "content": "two?"}],
             chosen=[{"role": "assistant", "content": "2"}],
             rejected=[{"role": "assistant", "content": "3"}],
-            confidence=pytest.approx(2 / 3),
+            confidence=2 / 3,
             cluster_sizes=(1, 2),
             chosen_reward=2.0,
             rejected_reward=4.0,

@@ -110,7 +110,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 def _ids_of_prompt_text(
     tokenizer: PreTrainedTokenizerBase, text: str, *, templated: bool
 ) -> list[int]:
-    plain = list(tokenizer(text, add_special_tokens=False).input_ids)
+    plain = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     if templated:
         return plain
     ids = list(tokenizer(text).input_ids)
@@ -135,12 +135,12 @@ def tokenize(
         eos: False for a completion that was cut off before it ended (a truncated sample).
     """
     before, text = _split_text(tokenizer, prompt, completion)
-    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     end = end_token_id(tokenizer)
     # A template often closes the turn with EOS and a newline; what follows EOS is never sampled.
     while end is not None and end in ids:
         last = len(ids) - 1 - ids[::-1].index(end)
-        if tokenizer.decode(ids[last + 1 :], skip_special_tokens=True).strip():
+        if str(tokenizer.decode(ids[last + 1 :], skip_special_tokens=True)).strip():
             break
         ids = ids[:last]
     if eos and end is not None:

@@ -53,6 +53,10 @@ from trueward.posterior import RewardPosterior
 logger = logging.getLogger(__name__)
 
 
+class OverlongError(DataError):
+    """A completion longer than the model's context."""
+
+
 class RewardModel(nn.Module):
     """A backbone, a head on the last real token's state, and a tokenizer.
 
@@ -169,12 +173,20 @@ class RewardModel(nn.Module):
         start = start_token_id(self.tokenizer)
         fitting = truncate_prompt(tokens, self.max_length, bos_token_id=start)
         if fitting is None:
-            raise DataError(
+            raise OverlongError(
                 f"a completion of {len(tokens.completion_ids)} tokens does not fit into the "
                 f"model's {self.max_length}: shorten it, or raise max_length where the backbone "
                 "allows it."
             )
         return fitting
+
+    def fits(self, prompt: Prompt, completion: Completion) -> bool:
+        """Tell whether the completion fits the context (beside at least one prompt token)."""
+        try:
+            self.tokenize(prompt, completion)
+        except OverlongError:
+            return False
+        return True
 
     @torch.no_grad()
     def score(
@@ -222,7 +234,11 @@ class RewardModel(nn.Module):
             try:
                 tokens.append(self.tokenize(prompt, completion))
             except DataError as error:
-                raise DataError(f"Row {i + 1}: {error}") from error
+                raise type(error)(f"Row {i + 1}: {error}") from error
+        # The same text is computed once: no waste, and equal completions tie to the last bit.
+        first_seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        inverse = [first_seen.setdefault((tuple(p), tuple(c)), len(first_seen)) for p, c in tokens]
+        tokens = [Tokens(list(p), list(c)) for p, c in first_seen]
         share = shared_prefix and self.head is not None and can_share_prefixes(self.backbone)
         longest = max(len(p) + len(c) for p, c in tokens)
         groups, members = group_by_prompt(
@@ -252,7 +268,7 @@ class RewardModel(nn.Module):
                 bar.update(len(where))
         bar.close()
         self.train(was_training)
-        posterior = RewardPosterior(means, stds)
+        posterior = RewardPosterior(means, stds)[torch.tensor(inverse)]
         if normalise or (normalise is None and self.members > 1):
             return posterior.standardised(self.reward_mean.cpu(), self.reward_std.cpu())
         return posterior
@@ -335,6 +351,12 @@ class RewardModel(nn.Module):
             head = make_head(ours["head"], config.get_text_config().hidden_size)
             head.load_state_dict(_head_weights(Path(path)))
         else:
+            kinds = config.architectures or []
+            if kinds and not any("SequenceClassification" in kind for kind in kinds):
+                raise DataError(
+                    f"{path} holds a {kinds[0]}, which is no reward model: train one with "
+                    "`trueward reward`, or use RewardModel.from_backbone for a fresh head."
+                )
             if config.num_labels != 1:
                 raise DataError(
                     f"{path} has {config.num_labels} labels where a reward model has one: give a "

@@ -227,6 +227,27 @@ class EmbeddingEquivalence:
         self._units |= {text: unit.clone() for text, unit in zip(new, units, strict=True)}
 
 
+def unrelated_threshold(embed: Embed, texts: Sequence[str], *, level: float = 0.95) -> float:
+    """Return the cosine that `level` of the pairs of unrelated texts stay below.
+
+    A threshold for `EmbeddingEquivalence` that fits any embedding: two completions count as
+    equivalent where they are closer than completions of different prompts hardly ever are.
+
+    Args:
+        embed: Texts to vectors.
+        texts: One completion of each of several prompts; at least two different ones.
+        level: Share of the pairs, in (0, 1).
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level is a share of pairs in (0, 1), got {level}.")
+    distinct = list(dict.fromkeys(texts))
+    if len(distinct) < 2:
+        raise ValueError(f"two different texts are needed to compare, got {len(distinct)}.")
+    units = F.normalize(embed(distinct).float().cpu(), dim=1)
+    upper = torch.triu_indices(len(distinct), len(distinct), offset=1)
+    return float((units @ units.T)[upper[0], upper[1]].quantile(level))
+
+
 def sentence_transformer(
     name: str, *, batch_size: int = 64, device: str | torch.device | None = None
 ) -> Embed:
@@ -249,29 +270,35 @@ def sentence_transformer(
     return embed
 
 
-def mean_state_embedding(policy: Policy, *, max_tokens: int = 8192) -> Embed:
+def mean_state_embedding(
+    policy: Policy, *, reference: Sequence[str], max_tokens: int = 8192
+) -> Embed:
     """Return an embedding from the policy's own last states, averaged over a text's tokens.
 
-    No other model is needed; but a language model's states lie close together (all cosines are
-    high), so they are centred by the batch's mean, and the threshold is no universal number.
+    No other model is needed. A language model's mean states lie in a narrow cone (all cosines are
+    high), so the mean over `reference` texts is taken off; cosines then spread around 0.
     """
 
     @torch.no_grad()
-    def embed(texts: list[str]) -> Float[Tensor, "text dim"]:
-        ids = [policy.tokenizer(t, add_special_tokens=False).input_ids or [0] for t in texts]
-        groups = [Group(i[: policy.max_length - 1][:1], [i[: policy.max_length - 1]]) for i in ids]
+    def mean_states(texts: Sequence[str]) -> Float[Tensor, "text dim"]:
+        ids = [policy.tokenizer(t, add_special_tokens=False).input_ids for t in texts]
+        # The first token stands in as the "prompt" of its row; an empty text becomes a pad.
+        ids = [i[: policy.max_length - 1] or [int(policy.tokenizer.pad_token_id)] for i in ids]
+        groups = [Group(i[:1], [i]) for i in ids]
         vectors: list[Tensor] = [torch.empty(0)] * len(texts)
         for some in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=False):
             batch = pad([groups[i] for i in some], pad_id=int(policy.tokenizer.pad_token_id))
             batch = batch.to(policy.device)
-            states = hidden_states(policy.backbone, batch)
             mask = batch.attention_mask[..., None]
-            means = (states * mask).sum(1) / mask.sum(1)
-            for i, vector in zip(some, means, strict=True):
-                vectors[i] = vector
+            states = hidden_states(policy.backbone, batch) * mask
+            for i, vector in zip(some, states.sum(1) / mask.sum(1), strict=True):
+                vectors[i] = vector.float().cpu()
         return torch.stack(vectors)
 
-    return embed
+    if not reference:
+        raise ValueError("mean_state_embedding needs reference texts to centre on, got none.")
+    centre = mean_states(reference).mean(0)
+    return lambda texts: mean_states(texts) - centre
 
 
 # --- By entailment -------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def bar_figure(
     high: Numbers | None = None,
     title: str,
     x_label: str,
-    reference: float | None = None,
+    reference: float | int | None = None,
     colors: Sequence[str] | None = None,
 ) -> Figure:
     """Horizontal bars from zero, each with its value and, where given, its interval.
@@ -380,8 +380,6 @@ def _dress(
         spine.set(color=INK, linewidth=0.6, alpha=_QUIET)
     axes.grid(axis=grid, color=INK, alpha=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    if axes.get_xscale() == "linear":
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _draw(axes: Axes, curve: Curve, color: str, *, dashed: bool | None = None) -> None:
@@ -415,7 +413,7 @@ def _mark_peak(axes: Axes, gold: Curve, color: str) -> None:
 
 
 def _set_x_scale(axes: Axes, curves: Sequence[Curve], scale: Scale, *, ticks: int = 6) -> None:
-    found = [x for c in curves for x in c.x if math.isfinite(x)]
+    found = [float(x) for c in curves for x in c.x if math.isfinite(x)]
     low, high = min(found, default=0.0), max(found, default=1.0)
     if scale == "log":
         if low <= 0:
@@ -438,7 +436,10 @@ def _set_x_scale(axes: Axes, curves: Sequence[Curve], scale: Scale, *, ticks: in
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}"))
         )
-    elif scale != "linear":
+    elif scale == "linear":
+        whole = all(x.is_integer() for x in found)  # there is no step 1.5
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=whole))
+    else:
         raise ValueError(f"x_scale must be 'linear', 'sqrt' or 'log', got {scale!r}.")
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from trueward.data.formats import DataError, LoadReport, PreferenceRow
+from trueward.data.formats import Completion, DataError, LoadReport, PreferenceRow, Prompt
 from trueward.data.packing import Group, token_budget_batches
 from trueward.data.tokens import tokenize
 from trueward.losses.preference import bradley_terry_loss, centring_loss
@@ -57,7 +57,7 @@ def train_reward(
     report: LoadReport | None = None,
     auxiliary: nn.Module | None = None,
     evaluation: Evaluation | None = None,
-    reference: tuple[Sequence, Sequence] | None = None,
+    reference: tuple[Sequence[Prompt], Sequence[Completion]] | None = None,
 ) -> RewardModel:
     """Train the head, and whatever of the backbone wants gradients, on preference pairs.
 
@@ -130,7 +130,7 @@ def train_reward(
             means = posterior.means.detach().mean(1)
             margins += (means[0::2] - means[1::2]).tolist()
             rewards += means.tolist()
-        metrics = {}
+        metrics: dict[str, float] = {}
         if auxiliary is not None:
             extra, metrics = auxiliary(reward_model, step)
             # Every process draws the same auxiliary batch; gradients are summed over them.
@@ -156,7 +156,9 @@ def train_reward(
     reward_model.set_normalisation(prompts, completions)
     evaluated = evaluation(reward_model) if evaluation else {}
     reward_model.facts |= {"pairs": len(pairs), **evaluated}
-    loop.finish({"steps": total, "pairs": len(pairs), **evaluated}, reward_model.save_pretrained)
+    overlong = len(preferences) - len(pairs)
+    summary = {"steps": total, "pairs": len(pairs), "overlong_pairs": overlong, **evaluated}
+    loop.finish(summary, reward_model.save_pretrained)
     return reward_model
 
 
@@ -228,6 +230,6 @@ def encode_pairs(
 
 def _own_completions(
     preferences: Sequence[PreferenceRow], limit: int = 256
-) -> tuple[Sequence, Sequence]:
+) -> tuple[list[Prompt], list[Completion]]:
     rows = preferences[:limit]
     return [r.prompt for r in rows for _ in "cr"], [c for r in rows for c in (r.chosen, r.rejected)]

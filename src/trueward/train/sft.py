@@ -78,7 +78,11 @@ def train_sft(
             show=["loss"],
         )
     policy.eval()
-    metrics: dict[str, float] = {"steps": total, "demonstrations": len(groups)}
+    metrics: dict[str, float] = {
+        "steps": total,
+        "demonstrations": len(groups),
+        "overlong_demonstrations": len(demonstrations) - len(groups),
+    }
     if losses:  # none where a finished run was only loaded again
         last = losses[-max(1, len(losses) // 10) :]
         metrics["loss"] = sum(last) / len(last)

@@ -1,0 +1,341 @@
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from trueward.evaluate.calibration import reliability_curve
+from trueward.report.figures import (
+    INK,
+    INK_DARK,
+    SERIES_DARK,
+    SERIES_LIGHT,
+    Curve,
+    bar_figure,
+    curve_figure,
+    overoptimization_figure,
+    reliability_figure,
+    save_figure,
+    sqrt_ticks,
+    to_svg,
+    with_id_prefix,
+)
+
+
+def gold() -> Curve:
+    return Curve(name="gold", x=[0.0, 1.0, 4.0, 9.0], y=[0.0, 1.0, 2.0, 1.5])
+
+
+def proxy() -> Curve:
+    return Curve(name="proxy", x=[0.0, 1.0, 4.0, 9.0], y=[0.0, 1.0, 2.5, 4.0])
+
+
+def band() -> Curve:
+    return Curve(name="mean", x=[1, 2, 3], y=[1, 2, 3], low=[0, 1, 2], high=[2, 3, 4])
+
+
+def both() -> Figure:
+    return curve_figure([gold(), band()], title="Two", x_label="x", y_label="y")
+
+
+# --- Curve ---
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"y": [1.0]}, r"as many x as y, got 2 and 1"),
+        ({"low": [0.0, 0.0]}, r"one end of its band"),
+        ({"low": [0.0], "high": [1.0, 1.0]}, r"as many low as y, got 1 and 2"),
+        ({"low": [0.0, 0.0], "high": [1.0]}, r"as many high as y, got 1 and 2"),
+        ({"color": '"/><script>'}, r"which is no colour"),
+    ],
+)
+def test_a_curve_that_does_not_fit_itself_is_refused(changed: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Curve(**({"name": "a", "x": [1.0, 2.0], "y": [1.0, 2.0]} | changed))
+
+
+# --- what is drawn ---
+
+
+def test_lines_are_drawn_at_their_values_in_the_palettes_order() -> None:
+    axes = both().axes[0]
+    assert [line.get_color() for line in axes.lines] == list(SERIES_LIGHT[:2])
+    assert axes.lines[0].get_ydata().tolist() == [0.0, 1.0, 2.0, 1.5]
+    assert axes.lines[1].get_xdata().tolist() == [1, 2, 3]
+
+
+def test_a_band_covers_low_to_high_and_only_where_given() -> None:
+    (area,) = both().axes[0].collections
+    corners = area.get_paths()[0].get_extents()
+    assert (corners.x0, corners.y0, corners.x1, corners.y1) == (1, 0, 3, 4)
+
+
+def test_a_legend_stands_where_there_are_two_curves_with_names_as_they_are() -> None:
+    names = ["_hidden", "costs $5 or $6"]
+    two = [Curve(name=name, x=[0, 1], y=[1, 2]) for name in names]
+    figure = curve_figure(two, title="t", x_label="x", y_label="y")
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["_hidden", r"costs \$5 or \$6"]
+    assert "costs $5 or $6" in to_svg(figure)
+    assert not curve_figure(two[:1], title="t", x_label="x", y_label="y").legends
+
+
+def test_few_points_are_marked_and_many_are_not() -> None:
+    single = Curve(name="one", x=[1.0], y=[1.0])
+    axes = curve_figure([single, gold()], title="t", x_label="x", y_label="y").axes[0]
+    assert axes.lines[0].get_marker() == "o"
+    assert axes.lines[1].get_marker() == "None"
+
+
+def test_on_a_sqrt_scale_four_times_the_kl_is_twice_as_far_also_below_zero() -> None:
+    curve = Curve(name="a", x=[-1.0, 0.0, 1.0, 4.0, 9.0], y=[0.0, 1.0, 2.0, 3.0, 4.0])
+    figure = curve_figure([curve], title="t", x_label="x", y_label="y", x_scale="sqrt")
+    to_pixels = figure.axes[0].transData.transform
+    at = {x: to_pixels((x, 0))[0] for x in (-1.0, 0.0, 1.0, 4.0, 9.0)}
+    unit = at[1.0] - at[0.0]
+    assert unit > 0
+    assert at[4.0] - at[0.0] == pytest.approx(2 * unit)
+    assert at[9.0] - at[0.0] == pytest.approx(3 * unit)
+    assert at[0.0] - at[-1.0] == pytest.approx(unit)
+
+
+def test_whole_numbers_do_for_x_on_a_sqrt_scale() -> None:
+    figure = curve_figure([band()], title="t", x_label="x", y_label="y", x_scale="sqrt")
+    assert list(figure.axes[0].get_xticks()) == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_steps_are_whole_numbers_on_the_axis() -> None:
+    curve = Curve(name="a", x=[1, 2], y=[0.0, 1.0])
+    ticks = curve_figure([curve], title="t", x_label="x", y_label="y").axes[0].get_xticks()
+    assert all(float(t).is_integer() for t in ticks)
+
+
+def test_a_log_scale_refuses_zero_and_labels_few_points_each() -> None:
+    curve = Curve(name="n", x=[1, 4, 16], y=[0.0, 1.0, 2.0])
+    figure = curve_figure([curve], title="t", x_label="n", y_label="y", x_scale="log")
+    assert list(figure.axes[0].get_xticks()) == [1, 4, 16]
+    with pytest.raises(ValueError, match=r"x above 0, got 0\.0"):
+        curve_figure([gold()], title="t", x_label="n", y_label="y", x_scale="log")
+
+
+def test_a_figure_without_a_finite_value_is_refused() -> None:
+    empty = Curve(name="a", x=[1.0], y=[math.nan])
+    with pytest.raises(ValueError, match="at least one finite value"):
+        curve_figure([empty], title="t", x_label="x", y_label="y")
+    with pytest.raises(ValueError, match="at least one finite value"):
+        curve_figure([], title="t", x_label="x", y_label="y")
+
+
+def test_gold_is_solid_and_its_proxy_dashed_in_the_same_colour_with_a_dot_at_golds_peak() -> None:
+    figure = overoptimization_figure({"a": (gold(), proxy()), "b": (gold(), None)}, title="t")
+    dashed, solid, dot, other, _ = figure.axes[0].lines
+    assert dashed.get_ydata().tolist() == proxy().y
+    assert dashed.is_dashed()
+    assert solid.get_ydata().tolist() == gold().y
+    assert not solid.is_dashed()
+    assert dashed.get_color() == solid.get_color() == dot.get_color() == SERIES_LIGHT[0]
+    assert other.get_color() == SERIES_LIGHT[1]
+    assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([4.0], [2.0])
+    texts = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert texts == ["a", "b", "gold reward", "proxy reward"]
+
+
+def test_the_peak_passes_over_nan_and_takes_the_first_of_equals() -> None:
+    curve = Curve(name="g", x=[0.0, 1.0, 2.0, 3.0], y=[0.0, 2.0, math.nan, 2.0])
+    dot = overoptimization_figure({"a": (curve, None)}, title="t").axes[0].lines[-1]
+    assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([1.0], [2.0])
+
+
+def test_panels_have_a_method_each_on_common_axes() -> None:
+    methods = {name: (gold(), proxy()) for name in "abcd"}
+    figure = overoptimization_figure(methods, title="All", panels=True)
+    seen = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in seen] == list("abcd")
+    assert len({axes.get_ylim() for axes in seen}) == 1
+    assert len({axes.get_xlim() for axes in seen}) == 1
+    assert figure.get_suptitle() == "All"
+
+
+def test_bars_start_at_zero_and_carry_their_intervals_and_values() -> None:
+    figure = bar_figure(
+        ["up", "down"], [2.0, -1.0], low=[1.0, -1.5], high=[3.0, -0.5], title="t", x_label="x"
+    )
+    axes = figure.axes[0]
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 2.0), (0, -1.0)]
+    ends = [segment[:, 0].tolist() for segment in axes.collections[0].get_segments()]
+    assert ends == [[1.0, 3.0], [-1.5, -0.5]]
+    assert [t.get_text() for t in axes.texts] == ["2.00", "−1.00"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["up", "down"]
+    bottom, top = axes.get_ylim()
+    assert bottom > top  # the first is above
+
+
+def test_bars_need_values_for_their_names() -> None:
+    with pytest.raises(ValueError, match="as many x as y, got 2 and 1"):
+        bar_figure(["a", "b"], [1.0], title="t", x_label="x")
+    with pytest.raises(ValueError, match="at least one bar"):
+        bar_figure([], [], title="t", x_label="x")
+
+
+def test_the_reliability_line_leaves_out_empty_bins_and_counts_the_others() -> None:
+    curve = reliability_curve(
+        torch.tensor([0.1, 0.1, 0.9, 0.9]), torch.tensor([0.0, 1.0, 1.0, 1.0]), bins=5
+    )
+    above, below = reliability_figure(curve).axes
+    line = above.lines[1]
+    assert line.get_xdata() == pytest.approx([0.1, 0.9])
+    assert line.get_ydata() == pytest.approx([0.5, 1.0])
+    assert [bar.get_height() for bar in below.patches] == [2, 2]
+    assert below.get_xlim()[0] < 0
+
+
+def test_the_reliability_axis_begins_at_a_half_where_all_probabilities_do() -> None:
+    curve = reliability_curve(torch.tensor([0.6, 0.9]), torch.tensor([1.0, 1.0]), bins=5)
+    assert reliability_figure(curve).axes[1].get_xlim()[0] == pytest.approx(0.49)
+
+
+# --- ticks ---
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 40.0, [0, 1, 5, 10, 20, 30]),
+        (0.0, 10.0, [0, 0.2, 1, 2, 5, 10]),
+        (0.0, 0.5, [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5]),
+        (-1.0, 9.0, [-1, -0.2, 0, 0.2, 1, 2, 5]),
+        (0.0, 0.0, [0]),
+    ],
+)
+def test_sqrt_ticks_are_round_and_spread(low: float, high: float, expected: list[float]) -> None:
+    assert sqrt_ticks(low, high) == expected
+
+
+def test_sqrt_ticks_keep_their_distance_on_any_scale() -> None:
+    for high in (1e-4, 0.07, 3.3, 57.0, 12345.0):
+        roots = [math.sqrt(t) for t in sqrt_ticks(0.0, high)]
+        gaps = [b - a for a, b in pairwise(roots)]
+        assert 4 <= len(roots) <= 9
+        assert min(gaps) >= math.sqrt(high) / 8 - 1e-12
+        assert max(gaps) <= math.sqrt(high) / 2
+
+
+# --- output ---
+
+
+def test_the_svg_refers_to_nothing_outside_and_styles_nothing_but_itself() -> None:
+    svg = to_svg(both())
+    assert set(re.findall(r"https?://[^\"' ]+", svg)) == {"http://www.w3.org/2000/svg"}
+    for word in (
+        "<style",
+        "<script",
+        "<image",
+        "<metadata",
+        "DOCTYPE",
+        "<?xml",
+        "xlink",
+        "@import",
+    ):
+        assert word not in svg
+    assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_text_stays_text_in_the_pages_own_colour_and_typeface() -> None:
+    svg = to_svg(both())
+    texts = re.findall(r"<text[^>]*style=\"([^\"]*)\"", svg)
+    assert texts
+    assert all("fill: currentColor" in style for style in texts)
+    assert all("font-family: var(--figure-font" in style for style in texts)
+    assert ">Two</text>" in svg
+    assert INK not in svg.replace(f"--figure-ink, {INK}", "")
+    assert "#000000" not in svg
+    assert "stroke: currentColor" in svg
+
+
+@pytest.mark.parametrize(
+    ("theme", "ink", "series"), [("light", INK, SERIES_LIGHT), ("dark", INK_DARK, SERIES_DARK)]
+)
+def test_the_theme_gives_the_colours_of_a_file_on_its_own(
+    theme: str, ink: str, series: tuple[str, ...]
+) -> None:
+    svg = to_svg(both(), theme=theme)
+    assert f"color: var(--figure-ink, {ink})" in svg
+    assert f"stroke: var(--figure-series-1, {series[0]})" in svg
+    assert f"fill: var(--figure-series-2, {series[1]})" in svg
+
+
+def test_the_background_is_transparent() -> None:
+    first, *_ = re.findall(r"<path[^>]*>", to_svg(both()))
+    assert "fill: none" in first
+
+
+def test_two_drawings_on_one_page_share_no_id_and_all_references_lead_somewhere() -> None:
+    svgs = [to_svg(both()), to_svg(curve_figure([gold()], title="t", x_label="x", y_label="y"))]
+    ids = [set(re.findall(r'\sid="([^"]+)"', svg)) for svg in svgs]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    for svg, own in zip(svgs, ids, strict=True):
+        assert set(re.findall(r'(?:href="|url\()#([^")]+)', svg)) == own
+
+
+def test_an_id_prefix_goes_before_ids_and_references_but_not_into_text() -> None:
+    svg = '<g id="a"><use href="#a"/><g clip-path="url(#a)"/><text>id="a" #a</text></g>'
+    assert with_id_prefix(svg, "p-") == (
+        '<g id="p-a"><use href="#p-a"/><g clip-path="url(#p-a)"/><text>id="a" #a</text></g>'
+    )
+
+
+def test_the_same_figure_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert to_svg(both()) == to_svg(both())
+    for name in ("one", "two"):
+        save_figure(both(), tmp_path / name)
+    for suffix in (".png", ".pdf"):
+        first, second = ((tmp_path / (n + suffix)).read_bytes() for n in ("one", "two"))
+        assert first == second
+
+
+def test_names_are_escaped_and_letters_outside_the_font_do_no_harm() -> None:
+    curve = Curve(name="<script>", x=[0, 1], y=[0, 1])
+    svg = to_svg(curve_figure([curve, band()], title='報酬 <b>&"', x_label="x", y_label="y"))
+    assert "<script>" not in svg
+    assert "<b>" not in svg
+    assert "&lt;script&gt;" in svg
+    assert "報酬" in svg
+
+
+def test_png_and_pdf_lie_side_by_side_and_other_dots_stay(tmp_path: Path) -> None:
+    png, pdf = save_figure(both(), tmp_path / "new" / "kl.0.1.png")
+    assert (png.name, pdf.name) == ("kl.0.1.png", "kl.0.1.pdf")
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert pdf.read_bytes()[:4] == b"%PDF"
+    assert [p.name for p in save_figure(both(), tmp_path / "v1.2")] == ["v1.2.png", "v1.2.pdf"]
+
+
+def test_drawing_leaves_matplotlibs_settings_alone() -> None:
+    before = dict(mpl.rcParams)
+    to_svg(both())
+    assert dict(mpl.rcParams) == before
+
+
+def _luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast ratio, 1 to 21."""
+    high, low = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(("series", "paper"), [(SERIES_LIGHT, "#fdfcf9"), (SERIES_DARK, "#171614")])
+def test_every_series_stands_out_from_its_page(series: tuple[str, ...], paper: str) -> None:
+    assert min(contrast(color, paper) for color in series) >= 3
+    assert len(set(series)) == 8
