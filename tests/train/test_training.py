@@ -278,7 +278,7 @@ def test_policy_training_resumes_exactly(tmp_path: Path, algorithm: str):
     )
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
-    # The wrapped function has one member, so the objective's own diagnostics differ before the kill.
+    # The wrapped function has one member, so diagnostics differ before the kill, not after.
     last = [metrics_of(tmp_path / n)[-1] for n in ("whole", "killed")]
     assert last[0] == last[1]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
@@ -84,6 +85,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Run the demo, write table, curves and report, and print the table."""
     out = Path(config.output_dir)
     folder = RunFolder(out, command="demo", config=config)
+    torch.set_num_threads(1)  # matrices are tiny: more threads only wait for each other
     world, seed = config.world, config.seed
 
     _say("1/5 a policy learns the language (supervised fine-tuning)")

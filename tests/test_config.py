@@ -1,0 +1,97 @@
+"""YAML and command line: defaults, precedence, and errors that name file, line and remedy."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from trueward.config import parse
+from trueward.data.formats import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.5
+    kind: Literal["a", "b"] = "a"
+    on: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str
+    inner: Inner = field(default_factory=Inner)
+    names: list[str] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+
+
+def write(folder: Path, text: str) -> list[str]:
+    (folder / "c.yaml").write_text(text)
+    return ["--config", str(folder / "c.yaml")]
+
+
+def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path):
+    config = write(tmp_path, "name: from yaml\ninner: {rate: 1e-4, on: true}\nlimit: 3\n")
+    found = parse(Outer, [*config, "--inner.kind", "b", "--name", "mine"], command="x")
+    assert found == Outer(name="mine", inner=Inner(rate=1e-4, kind="b", on=True), limit=3)
+
+
+def test_lists_and_mappings_come_through(tmp_path: Path):
+    config = write(tmp_path, "name: n\nnames: [p, q]\nsources:\n  a/b@c:d: e:f\n")
+    found = parse(Outer, config, command="x")
+    assert found.names == ["p", "q"]
+    assert found.sources == {"a/b@c:d": "e:f"}
+
+
+def test_a_setting_is_laid_over_the_file(tmp_path: Path):
+    config = write(tmp_path, "name: n\ninner: {rate: 1}\nsettings:\n  tiny: {inner: {rate: 2}}\n")
+    assert parse(Outer, config, command="x").inner.rate == 1
+    assert parse(Outer, [*config, "--setting", "tiny"], command="x").inner.rate == 2
+    assert (
+        parse(Outer, [*config, "--setting=tiny", "--inner.rate", "3"], command="x").inner.rate == 3
+    )
+    with pytest.raises(DataError, match="no setting 'small'; it has: tiny"):
+        parse(Outer, [*config, "--setting", "small"], command="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("name: n\ninner:\n  rat: 1\n", "c.yaml:3: unknown key 'inner.rat'; .* 'inner.rate'"),
+        ("name: n\ninner:\n  rate: fast\n", "c.yaml:3: 'inner.rate' must be a number, got 'fast'"),
+        ("name: n\ninner: 3\n", "c.yaml:2: 'inner' must hold"),
+        ("name: n\ninner: {kind: c}\n", "c.yaml:2: 'inner.kind' must be one of a, b, got 'c'"),
+        ("name: n\ninner: {on: 1}\n", "must be true or false, got 1"),
+        ("name: n\nlimit: 1.5\n", "c.yaml:2: 'limit' must be a whole number"),
+        ("name: n\nnames: p\n", "c.yaml:2: 'names' must be a list"),
+        ("name: [n\n", "c.yaml:2 is no valid YAML"),
+        ("- name\n", "c.yaml:1: The file must hold"),
+        ("name: n\nsettings:\n  t: {nam: 2}\n", "c.yaml:3: unknown key 'nam'"),
+    ],
+)
+def test_a_mistake_in_yaml_is_one_sentence_with_its_line(tmp_path: Path, text: str, sentence: str):
+    with pytest.raises(DataError, match=sentence):
+        parse(Outer, write(tmp_path, text), command="x")
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(DataError, match=r"nowhere\.yaml cannot be read"):
+        parse(Outer, ["--config", "nowhere.yaml"], command="x")
+
+
+def test_an_unknown_argument_ends_with_exit_code_two(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        parse(Outer, ["--name", "n", "--inner.rat", "3"], command="x")
+    assert stop.value.code == 2
+    assert "inner.rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", [[], ["--setting", "tiny"], ["--setting", "gpu"]])
+def test_the_recipe_parses(setting: list[str]):
+    from trueward.pipeline import RLPConfig
+
+    recipe = Path(__file__).parents[1] / "recipes" / "alpaca.yaml"
+    found = parse(RLPConfig, ["--config", str(recipe), *setting], command="rlp")
+    assert found.methods == ["spg", "uml"]
+    assert found.samples.n == 10
