@@ -80,11 +80,22 @@ def test_a_missing_file_is_named():
         parse(Outer, ["--config", "nowhere.yaml"], command="x")
 
 
-def test_an_unknown_argument_ends_with_exit_code_two(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stop:
-        parse(Outer, ["--name", "n", "--inner.rat", "3"], command="x")
-    assert stop.value.code == 2
-    assert "inner.rate" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--name", "n", "--inner.rat", "3"],
+            r"--inner\.rat.*--inner\.rate.*\(trueward x --help\)",
+        ),
+        ([], r"^Missing from trueward x: --name STR"),
+        (["--name", "n", "--inner.rate", "much"], r"--inner\.rate: could not convert .* 'much'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(arguments: list[str], sentence: str):
+    with pytest.raises(DataError, match=sentence) as error:
+        parse(Outer, arguments, command="x")
+    assert "\n" not in str(error.value)
+    assert "│" not in str(error.value)
 
 
 @pytest.mark.parametrize("setting", [[], ["--setting", "tiny"], ["--setting", "gpu"]])

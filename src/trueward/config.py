@@ -1,7 +1,10 @@
 """Configurations from YAML and the command line: YAML sets defaults, the command line wins."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,12 +34,28 @@ def parse(config_class: type[T], arguments: Sequence[str], *, command: str) -> T
     from_yaml = [
         a for file in files for a in yaml_arguments(config_class, Path(file), settings=settings)
     ]
-    return tyro.cli(
-        config_class,
-        prog=f"trueward {command}",
-        args=[*from_yaml, *rest],
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            return tyro.cli(
+                config_class,
+                prog=f"trueward {command}",
+                args=[*from_yaml, *rest],
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            print(printed.getvalue(), end="")
+            raise
+        raise DataError(f"{_sentence(printed.getvalue())} (trueward {command} --help)") from stop
+
+
+def _sentence(box: str) -> str:
+    """Return what the argument parser's box says, as one sentence without its frame."""
+    rows = [line.strip("│ \t") for line in box.splitlines() if line.startswith("│")]
+    helps = next((i for i, row in enumerate(rows) if "full helptext" in row), len(rows))
+    said = " ".join(row for row in rows[:helps] if row.strip("─"))
+    return re.sub(r"\s+", " ", said).strip().rstrip(".") + "."
 
 
 def _take(arguments: list[str], option: str) -> list[str]:

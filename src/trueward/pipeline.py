@@ -479,7 +479,7 @@ def evaluate_on(model: RewardModel, sources: dict[str, list[PreferenceRow]]) -> 
         fitting = [
             r for r in rows if model.fits(r.prompt, r.chosen) and model.fits(r.prompt, r.rejected)
         ]
-        found[f"{name}/overlong"] = len(rows) - len(fitting)
+        found[f"{name}/overlong"] = float(len(rows) - len(fitting))
         if fitting:
             metrics = evaluate_preferences(model.score, fitting)
             found |= {f"{name}/{key}": value for key, value in metrics.items()}

@@ -186,6 +186,7 @@ def test_results_of_a_demo_are_shown_first(tmp_path: Path) -> None:
     assert "Both methods." in page
     assert titles(page) == ["Gold against KL", "Other", "loss"]
     assert "KL from the reference policy (nats)" in page
+    assert ">0.1<" in page  # a tick that only the square root has
     assert "how far" in page
     assert "Far." in page
     assert "Say &lt;b&gt;" in page
