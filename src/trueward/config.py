@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ def parse(config_class: type[T], arguments: Sequence[str], *, command: str) -> T
     ]
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stderr(printed):
             return tyro.cli(
                 config_class,
                 prog=f"trueward {command}",
@@ -45,17 +44,21 @@ def parse(config_class: type[T], arguments: Sequence[str], *, command: str) -> T
             )
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
-            print(printed.getvalue(), end="")
             raise
         raise DataError(f"{_sentence(printed.getvalue())} (trueward {command} --help)") from stop
 
 
 def _sentence(box: str) -> str:
-    """Return what the argument parser's box says, as one sentence without its frame."""
-    rows = [line.strip("│ \t") for line in box.splitlines() if line.startswith("│")]
+    """Return what the argument parser's box says, as one sentence without frame and title."""
+    rows = [line.strip("│╭╮╰╯─- \t") for line in box.splitlines()[1:]]
     helps = next((i for i, row in enumerate(rows) if "full helptext" in row), len(rows))
-    said = " ".join(row for row in rows[:helps] if row.strip("─"))
-    return re.sub(r"\s+", " ", said).strip().rstrip(".") + "."
+    # Rows are stripped of their leading dashes too: an option's name gets them back.
+    said = " ".join(_with_dashes(row, box) for row in rows[:helps] if row)
+    return said.rstrip(".") + "."
+
+
+def _with_dashes(row: str, box: str) -> str:
+    return f"--{row}" if f"--{row}" in box else row
 
 
 def _take(arguments: list[str], option: str) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from trueward.lab.grammar import GrammarWorld, gold_reward, is_sentence, same_story, topic_of
+from trueward.lab.grammar import GrammarWorld, gold_reward, is_sentence, same_subject, topic_of
 
 WORLD = GrammarWorld()
 PROMPT = "tell me about the old cat :"
@@ -94,10 +94,7 @@ def test_every_word_is_one_token_and_comes_back():
     assert len(tokenizer) < 50
 
 
-def test_stories_are_the_same_when_their_nouns_are():
-    assert same_story(
-        ["p"] * 2, ["the cat sees the dog ."] * 2, ["the dog likes the cat .", "a ."]
-    ) == [
-        True,
-        False,
-    ]
+def test_answers_are_equivalent_when_they_begin_with_the_same_noun():
+    firsts = ["the kind cat sees the dog ."] * 3
+    seconds = ["the cat likes the tree .", "the dog sees the cat .", "sees the ."]
+    assert same_subject(["p"] * 3, firsts, seconds) == [True, False, False]

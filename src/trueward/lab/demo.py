@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trueward import objectives
 from trueward.data.rows import Completion, PreferenceRow, Prompt
 from trueward.evaluate.preferences import evaluate_preferences, mean_interval
-from trueward.lab.grammar import GrammarWorld, same_story
+from trueward.lab.grammar import GrammarWorld, same_subject
 from trueward.models.policy import Policy
 from trueward.models.reward_function import posterior_function
 from trueward.models.reward_model import RewardModel
@@ -57,6 +57,7 @@ class DemoConfig:
     completions_per_prompt: int = 4
     learning_rate: float = 2e-4  # of the policies
     nominal_weight: float = 0.2  # of the reward-robust mix
+    refine_after: int = 20  # steps of the single-reward policy after which RLP samples it
     refine_prompts: int = 200  # prompts on which RLP samples the policy
     evaluation_prompts: int = 256  # fresh prompts for the table
     world: GrammarWorld = field(default_factory=GrammarWorld)
@@ -127,16 +128,17 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     }
     results = {"SFT": _measure(stage, sft, single, objectives.mean)}
     curves: dict[str, list[dict[str, float]]] = {}
-    policies: dict[str, Policy] = {}
+    early: dict[str, Policy] = {}
     for name, (models, objective) in rewards.items():
-        policies[name], curves[name] = _optimise(stage, name, models, objective)
-        results[name] = _measure(stage, policies[name], models, objective)
+        policy, early[name], curves[name] = _optimise(stage, name, models, objective)
+        results[name] = _measure(stage, policy, models, objective)
 
     _say("4/5 the reward model is refined on what the first policy writes (RLP)")
-    refined = _refined(stage, policies["single reward"], single[0], preferences)
-    accuracy = _accuracies(stage, {"single reward": single[0], **refined}, policies)
+    first = early["single reward"]
+    refined = _refined(stage, first, single[0], preferences)
+    accuracy = _accuracies(stage, {"single reward": single[0], **refined}, first)
     for name, model in refined.items():
-        policy, curves[name] = _optimise(stage, name, [model], objectives.mean)
+        policy, _, curves[name] = _optimise(stage, name, [model], objectives.mean)
         results[name] = _measure(stage, policy, [model], objectives.mean)
 
     _say("5/5 report")
@@ -171,8 +173,12 @@ def _reward_model(
 
 def _optimise(
     stage: _Stage, name: str, models: list[RewardModel], objective: Objective
-) -> tuple[Policy, list[dict[str, float]]]:
-    """Optimise a policy from SFT; return it with gold, proxy and KL of each step's samples."""
+) -> tuple[Policy, Policy, list[dict[str, float]]]:
+    """Optimise a policy from SFT.
+
+    Returns the policy, how it was after `refine_after` steps, and gold, proxy and KL of each step's
+    samples.
+    """
     config = stage.config
     posterior_of = posterior_function(models)
     gold: list[float] = []
@@ -180,6 +186,13 @@ def _optimise(
     def reward(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> RewardPosterior:
         gold.append(stage.gold(prompts, completions).mean().item())  # watched, never optimised
         return posterior_of(prompts, completions)
+
+    early: list[Policy] = []
+
+    def keep_early(policy: Policy, step: int) -> dict[str, float]:
+        if step == config.refine_after:
+            early.append(policy.frozen_copy())
+        return {}
 
     policy = Policy(copy.deepcopy(stage.sft.model), stage.sft.tokenizer)
     folder = stage.out / ("policy_" + "_".join(name.split(" (")[0].split()))
@@ -198,16 +211,22 @@ def _optimise(
             warmup_ratio=0.05,
             kl_coef=0.0,
             checkpoint_every=0,
+            evaluate_every=config.refine_after,
             seed=config.seed,
         ),
         objective=objective,
         output_dir=folder,
+        evaluation=keep_early,
     )
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return policy, [
-        {"kl": s["kl/k1"], "gold": g, "proxy": s["reward"]}
-        for s, g in zip(steps, gold, strict=True)
-    ]
+    return (
+        policy,
+        early[0] if early else policy,
+        [
+            {"kl": s["kl/k1"], "gold": g, "proxy": s["reward"]}
+            for s, g in zip(steps, gold, strict=True)
+        ],
+    )
 
 
 def _measure(
@@ -240,7 +259,7 @@ def _refined(
         [p for p in prompts for _ in range(10)], [a for ten in answers for a in ten]
     ).mean.view(-1, 10)
     made = synthetic_preferences(
-        prompts, answers, rewards, equivalent=same_story, gamma=0.5, seed=config.seed
+        prompts, answers, rewards, equivalent=same_subject, gamma=0.5, seed=config.seed
     )
     logger.info(
         "SPG: %d of %d prompts gave a pair (mean confidence %.2f).",
@@ -262,9 +281,9 @@ def _refined(
 
 
 def _accuracies(
-    stage: _Stage, models: dict[str, RewardModel], policies: dict[str, Policy]
+    stage: _Stage, models: dict[str, RewardModel], first: Policy
 ) -> dict[str, dict[str, float]]:
-    """Return each reward's agreement with gold on pairs of the SFT's and the first policy's."""
+    """Return each reward's agreement with gold on pairs of the SFT and of the first policy."""
     config = stage.config
     world = dataclasses.replace(config.world, label_noise=0.0)
     prompts = world.prompts(config.evaluation_prompts, seed=config.seed + 5)

@@ -203,12 +203,13 @@ def _after_phrase(words: list[str]) -> list[str] | None:
     return words[at + 1 :] if at < len(words) and words[at] in _NOUNS else None
 
 
-def same_story(
+def same_subject(
     prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]
 ) -> list[bool]:
-    """Tell of each pair whether both answers are about the same nouns: this world's equivalence."""
+    """Tell of each pair whether both answers begin with the same noun: this world's equivalence."""
     del prompts  # the answers alone decide
-    return [
-        {w for w in a.split() if w in _NOUNS} == {w for w in b.split() if w in _NOUNS}
-        for a, b in zip(firsts, seconds, strict=True)
-    ]
+    return [_first_noun(a) == _first_noun(b) for a, b in zip(firsts, seconds, strict=True)]
+
+
+def _first_noun(answer: str) -> str | None:
+    return next((w for w in answer.split() if w in _NOUNS), None)
