@@ -258,7 +258,8 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
         "reward_models_on_policy_samples": shift,
         "stages": {k: {"seconds": s["seconds"], **s["metrics"]} for k, s in stages.items()},
     }
-    return folder.finish(metrics, seed=config.seed)
+    spent = sum(s["seconds"] for s in stages.values())
+    return folder.finish(metrics, seed=config.seed, seconds=spent)
 
 
 def _load(config: RLPConfig) -> _Inputs:

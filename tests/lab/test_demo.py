@@ -22,11 +22,16 @@ def test_the_demo_writes_table_curves_and_report(tmp_path: Path):
         evaluation_prompts=16,
     )
     summary = run_demo(config)
-    table = json.loads((tmp_path / "table.json").read_text())
+    table, agreement = json.loads((tmp_path / "table.json").read_text())
     names = [row[0] for row in table["rows"]]
     assert names[0] == "SFT"
     assert {"single reward", "worst case", "ensemble mean", "RLP-SPG", "RLP-UML"} <= set(names)
     sft = dict(zip(table["columns"], table["rows"][0], strict=True))
     assert sft["KL at end"] == 0.0
     assert set(summary["metrics"]["reward_model_accuracy"]) >= {"single reward", "RLP-SPG"}
+    assert agreement["columns"] == [
+        "reward model",
+        "pairs of the SFT policy",
+        "pairs of the first policy",
+    ]
     assert "<html" in (tmp_path / "report.html").read_text()

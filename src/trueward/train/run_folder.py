@@ -62,12 +62,17 @@ class RunFolder:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def finish(self, metrics: dict[str, Any], *, seed: int) -> dict[str, Any]:
-        """Write `summary.json` and remove the checkpoints: the models are saved beside it."""
+    def finish(
+        self, metrics: dict[str, Any], *, seed: int, seconds: float | None = None
+    ) -> dict[str, Any]:
+        """Write `summary.json` and remove the checkpoints: the models are saved beside it.
+
+        `seconds` is for a run made of stages, whose own clock starts again at every resume.
+        """
         summary = {
             "command": self.command,
             "seed": seed,
-            "seconds": round(self.seconds, 2),
+            "seconds": round(self.seconds if seconds is None else seconds, 2),
             "metrics": metrics,
         }
         if self.path is not None and self.writes:
