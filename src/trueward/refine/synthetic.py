@@ -83,7 +83,7 @@ class SyntheticReport:
     single_cluster: int
     tied_rewards: int
     no_completions: int
-    left_out: int  # completions whose reward is not finite
+    left_out: int  # completions that are blank, or whose reward is not finite
     cluster_counts: dict[int, int] = field(default_factory=dict)  # clusters -> prompts with so many
     mean_confidence: float | None  # over all clustered prompts; None without any
     mean_chosen_length: float | None  # characters; None without pairs
@@ -186,8 +186,8 @@ def synthetic_preferences(
     Args:
         prompts: Unlabelled prompts: strings or messages.
         completions: n samples of each from the policy, as text.
-        rewards: Of each sample, from the first reward model. A completion whose reward is not
-            finite is left out, before clustering, and counted.
+        rewards: Of each sample, from the first reward model. A completion that is blank, or whose
+            reward is not finite, is left out before clustering, and counted.
         equivalent: Which samples say the same; see `trueward.refine.equivalence`.
         gamma: Smallest confidence, inclusive. 0 accepts all: the paper's Select-All.
         seed: Of the rejected sides.
@@ -233,7 +233,7 @@ def reward_ranked_pairs(
 
 @dataclass(frozen=True)
 class _Samples:
-    """One prompt's completions with a finite reward, and where they stood among all."""
+    """One prompt's usable completions, and where they stood among all."""
 
     completions: list[str]
     rewards: list[float]
@@ -258,7 +258,8 @@ def _finite_samples(
                 f"Prompt {i + 1} has {len(texts)} completions and {len(row)} rewards: give one "
                 "reward for each (NaN leaves a completion out)."
             )
-        finite = [k for k, reward in enumerate(row) if math.isfinite(reward)]
+        # A blank completion can stand on neither side of a preference.
+        finite = [k for k, r in enumerate(row) if math.isfinite(r) and texts[k].strip()]
         own = [texts[k] for k in finite], [row[k] for k in finite]
         samples.append(_Samples(*own, finite, len(texts) - len(finite)))
     return samples
