@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -185,9 +186,20 @@ MISTAKES: list[tuple[str, str, str]] = [
         "engine=vllm needs vLLM",
     ),
     (
-        "a full disk",
-        "sample --policy {f}/policy --prompts {f}/prompts.jsonl --output /dev/full/s.jsonl",
-        "/dev/full",
+        "a disk that fills up",
+        "sample --policy {f}/policy --prompts {f}/prompts.jsonl --output {f}/full.jsonl "
+        "--sampling.max_new_tokens 8",
+        "free some space and run it again, it goes on where it was",
+    ),
+    (
+        "an output below a file",
+        "sample --policy {f}/policy --prompts {f}/prompts.jsonl --output {f}/prompts.jsonl/s.jsonl",
+        "prompts.jsonl/s.shards",
+    ),
+    (
+        "a reward model where a language model belongs",
+        "sample --policy {f}/scalar --prompts {f}/prompts.jsonl --output {f}/s.jsonl",
+        "lacks the weights lm_head.weight",
     ),
     (
         "a report of a folder that holds no run",
@@ -211,28 +223,18 @@ def test_a_mistake_is_one_sentence_and_exit_code_two(
 
 
 def run(arguments: str, folder: Path) -> int:
-    return main(arguments.format(f=folder).split())
+    """Run a command; one that writes full.jsonl meets a file system that takes no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if "full.jsonl" in arguments:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+        return main(arguments.format(f=folder).split())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_unknown_argument_ends_with_exit_code_two(folder: Path):
     assert run("report --fodler x", folder) == 2
-
-
-def test_a_disk_that_fills_up_while_saving_says_what_to_do(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Policy, "save_pretrained", full)
-    code = run(
-        "sft --demonstrations {f}/demonstrations.jsonl --model.path {f}/policy --output_dir "
-        "{f}/full --train.epochs 1 --train.batch_size 1 --train.progress False",
-        folder,
-    )
-    assert code == 2
-    assert "free some space and run it again, it goes on where it was" in capsys.readouterr().err
-    assert not (folder / "full" / "summary.json").exists()
 
 
 def test_help_lists_every_command():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from trueward.lab.grammar import GrammarWorld, gold_reward, is_sentence, same_subject, topic_of
+from trueward.lab.grammar import GrammarWorld, gold_reward, is_sentence, same_content, topic_of
 
 WORLD = GrammarWorld()
 PROMPT = "tell me about the old cat :"
@@ -94,7 +94,7 @@ def test_every_word_is_one_token_and_comes_back():
     assert len(tokenizer) < 50
 
 
-def test_answers_are_equivalent_when_they_begin_with_the_same_noun():
-    firsts = ["the kind cat sees the dog ."] * 3
-    seconds = ["the cat likes the tree .", "the dog sees the cat .", "sees the ."]
-    assert same_subject(["p"] * 3, firsts, seconds) == [True, False, False]
+def test_answers_are_equivalent_when_both_name_the_topic_or_not_and_are_warm_or_not():
+    firsts = ["the kind dog sees the cat ."] * 4
+    seconds = ["the lovely cat .", "the cat sees the dog .", "the kind dog .", "the kind cat ."]
+    assert same_content([PROMPT] * 4, firsts, seconds) == [True, False, False, True]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trueward import objectives
 from trueward.data.rows import Completion, PreferenceRow, Prompt
 from trueward.evaluate.preferences import evaluate_preferences, mean_interval
-from trueward.lab.grammar import GrammarWorld, same_subject
+from trueward.lab.grammar import GrammarWorld, same_content
 from trueward.models.policy import Policy
 from trueward.models.reward_function import posterior_function
 from trueward.models.reward_model import RewardModel
@@ -259,7 +259,7 @@ def _refined(
         [p for p in prompts for _ in range(10)], [a for ten in answers for a in ten]
     ).mean.view(-1, 10)
     made = synthetic_preferences(
-        prompts, answers, rewards, equivalent=same_subject, gamma=0.5, seed=config.seed
+        prompts, answers, rewards, equivalent=same_content, gamma=0.5, seed=config.seed
     )
     logger.info(
         "SPG: %d of %d prompts gave a pair (mean confidence %.2f).",

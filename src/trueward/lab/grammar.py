@@ -203,13 +203,19 @@ def _after_phrase(words: list[str]) -> list[str] | None:
     return words[at + 1 :] if at < len(words) and words[at] in _NOUNS else None
 
 
-def same_subject(
+def same_content(
     prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]
 ) -> list[bool]:
-    """Tell of each pair whether both answers begin with the same noun: this world's equivalence."""
-    del prompts  # the answers alone decide
-    return [_first_noun(a) == _first_noun(b) for a, b in zip(firsts, seconds, strict=True)]
+    """Tell of each pair whether both answers say the same: this world's equivalence.
+
+    What an answer says is whether it names the topic, and whether it is warm.
+    """
+    return [
+        _content(text_of(p), a) == _content(text_of(p), b)
+        for p, a, b in zip(prompts, firsts, seconds, strict=True)
+    ]
 
 
-def _first_noun(answer: str) -> str | None:
-    return next((w for w in answer.split() if w in _NOUNS), None)
+def _content(prompt: str, answer: str) -> tuple[bool, bool]:
+    words = answer.split()
+    return topic_of(prompt) in words, any(w in WARM for w in words)

@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -65,10 +65,21 @@ class Policy(nn.Module):
         """Load a causal language model from a folder or the hub."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
-            first = str(error).strip().split("\n")[0]
-            raise DataError(f"No language model could be read from {path}: {first}") from error
+            raise DataError(
+                f"No language model could be read from {path}: give a folder with a model and its "
+                "tokenizer, or the hub id of one."
+            ) from error
+        model, info = loaded
+        if info["missing_keys"]:  # they would be random
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise DataError(
+                f"{path} lacks the weights {missing}: it is no language model (a reward model, "
+                "perhaps), or one of another architecture."
+            )
         policy = cls(model, tokenizer)
         if lora_rank:
             policy.add_lora(lora_rank)

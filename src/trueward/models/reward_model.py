@@ -118,8 +118,15 @@ class RewardModel(nn.Module):
             seed: Set before the head is made, so that the head depends on it alone.
         """
         if isinstance(backbone, str | Path):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(backbone)
-            backbone = AutoModel.from_pretrained(backbone, dtype=torch.float32)
+            path = backbone
+            try:
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+                backbone = AutoModel.from_pretrained(path, dtype=torch.float32)
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"No backbone could be read from {path}: give a folder with a model and its "
+                    "tokenizer, or the hub id of one."
+                ) from error
         if tokenizer is None:
             raise ValueError("A backbone given as a model needs its tokenizer beside it.")
         if members < 0:
@@ -340,8 +347,10 @@ class RewardModel(nn.Module):
             config = AutoConfig.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
-            first = str(error).strip().split("\n")[0]
-            raise DataError(f"No reward model could be read from {path}: {first}") from error
+            raise DataError(
+                f"No reward model could be read from {path}: give a folder with a model and its "
+                "tokenizer, or the hub id of one."
+            ) from error
         ours: dict[str, Any] = getattr(config, "trueward", None) or {}
         statistics = {k: torch.tensor(ours[k]) for k in ("reward_mean", "reward_std") if k in ours}
         head: Head | None
