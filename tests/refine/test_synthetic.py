@@ -137,7 +137,7 @@ PROMPTS: list[Prompt] = [
 ]
 COMPLETIONS = [
     ["blue", "Blue!", "red", "blue."],
-    ["2", "3", "2", "2"],
+    ["22", "3", "22", "22"],
     ["a", "b", "c", "d"],
     ["yes", "Yes", "YES", "yes."],
     ["x", "y", "z", "x"],
@@ -168,9 +168,9 @@ def test_preferences_and_report_by_hand() -> None:
             chosen_index=1,
             rejected_index=2,
         ),
-        SyntheticPreference(  # the first "2" has no reward: two of the three that are left agree
+        SyntheticPreference(  # the first "22" has no reward: two of the three that are left agree
             prompt=[{"role": "user", "content": "two?"}],
-            chosen=[{"role": "assistant", "content": "2"}],
+            chosen=[{"role": "assistant", "content": "22"}],
             rejected=[{"role": "assistant", "content": "3"}],
             confidence=2 / 3,
             cluster_sizes=(1, 2),
@@ -186,7 +186,7 @@ def test_preferences_and_report_by_hand() -> None:
     assert (report.tied_rewards, report.left_out) == (0, 5)
     assert report.cluster_counts == {1: 1, 2: 2, 4: 1}
     assert report.mean_confidence == pytest.approx((0.75 + 2 / 3 + 0.25 + 1) / 4)
-    assert report.mean_chosen_length == 3.0  # "Blue!" and "2"
+    assert report.mean_chosen_length == 3.5  # "Blue!" and "22"
     assert report.mean_rejected_length == 2.0  # "red" and "3"
 
 

@@ -73,6 +73,9 @@ class _Stage:
     reference: tuple[list[str], list[str]]  # prompts and SFT answers
     gold_mean: float  # of the SFT answers; gold is shown in their units
     gold_std: float
+    shown: list[dict[str, Any]] = field(
+        default_factory=lambda: [{"prompt": "", "completions": []} for _ in range(3)]
+    )
 
     def gold(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion]
@@ -91,7 +94,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
     _say("1/5 a policy learns the language (supervised fine-tuning)")
     sft = world.new_policy(seed=seed)
-    sft_config = SFTConfig(learning_rate=3e-3, batch_size=64, epochs=4, seed=seed)
+    sft_config = SFTConfig(learning_rate=3e-3, batch_size=64, epochs=4.0, seed=seed)
     train_sft(sft, world.demonstrations(config.demonstrations, seed=seed), sft_config)
 
     _say("2/5 an annotator compares its answers; reward models learn from the comparisons")
@@ -126,12 +129,12 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             lambda p: objectives.uncertainty_weighted(p, coef=0.5),
         ),
     }
-    results = {"SFT": _measure(stage, sft, single, objectives.mean)}
+    results = {"SFT": _measure(stage, "SFT", sft, single, objectives.mean)}
     curves: dict[str, list[dict[str, float]]] = {}
     early: dict[str, Policy] = {}
     for name, (models, objective) in rewards.items():
         policy, early[name], curves[name] = _optimise(stage, name, models, objective)
-        results[name] = _measure(stage, policy, models, objective)
+        results[name] = _measure(stage, name, policy, models, objective)
 
     _say("4/5 the reward model is refined on what the first policy writes (RLP)")
     first = early["single reward"]
@@ -139,7 +142,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     accuracy = _accuracies(stage, {"single reward": single[0], **refined}, first)
     for name, model in refined.items():
         policy, _, curves[name] = _optimise(stage, name, [model], objectives.mean)
-        results[name] = _measure(stage, policy, [model], objectives.mean)
+        results[name] = _measure(stage, name, policy, [model], objectives.mean)
 
     _say("5/5 report")
     for table in _write(stage, results, curves, accuracy):
@@ -165,7 +168,7 @@ def _reward_model(
     )
     rng = random.Random(seed)
     seen = [row for row in preferences if rng.random() < 0.8]
-    config = RewardConfig(learning_rate=1e-3, batch_size=32, epochs=4, seed=seed)
+    config = RewardConfig(learning_rate=1e-3, batch_size=32, epochs=4.0, seed=seed)
     return train_reward(
         model, [*seen, *synthetic], config, reference=stage.reference, auxiliary=auxiliary
     )
@@ -230,7 +233,7 @@ def _optimise(
 
 
 def _measure(
-    stage: _Stage, policy: Policy, models: list[RewardModel], objective: Objective
+    stage: _Stage, name: str, policy: Policy, models: list[RewardModel], objective: Objective
 ) -> dict[str, float]:
     """Return proxy, gold with its interval, and length of fresh answers to fresh prompts."""
     prompts = stage.config.world.prompts(
@@ -239,8 +242,13 @@ def _measure(
     answers = [a[0] for a in _answers(policy, prompts, n=1, seed=stage.config.seed + 3)]
     gold = stage.gold(prompts, answers)
     low, high = mean_interval(gold)
+    proxy = objective(posterior_function(models)(prompts, answers))
+    for i, shown in enumerate(stage.shown):  # some to look at
+        shown["prompt"] = prompts[i]
+        scores = {"gold": round(gold[i].item(), 2), "proxy": round(proxy[i].item(), 2)}
+        shown["completions"].append({"text": answers[i], "label": name, "scores": scores})
     return {
-        "proxy": objective(posterior_function(models)(prompts, answers)).mean().item(),
+        "proxy": proxy.mean().item(),
         "gold": gold.mean().item(),
         "gold_low": low,
         "gold_high": high,
@@ -349,14 +357,24 @@ def _write(
         stage.out / "table.json",
         json.dumps([dataclasses.asdict(t) for t in (table, agreement)], indent=2),
     )
-    figures = {
-        f"{key.capitalize()} against KL": [
-            {"name": name, "x": [p["kl"] for p in smooth], "y": [p[key] for p in smooth]}
-            for name, points in curves.items()
-            for smooth in [_smooth(points)]
-        ]
-        for key in ("gold", "proxy")
+    smooth_curves = {name: _smooth(points) for name, points in curves.items()}
+    figures: dict[str, Any] = {
+        f"{y.capitalize()} {words}": {
+            "curves": [
+                {"name": name, "x": [p[x] for p in points], "y": [p[y] for p in points]}
+                for name, points in smooth_curves.items()
+            ],
+            "x_label": label,
+            "y_label": y,
+            "x_scale": scale,
+        }
+        for y, x, words, label, scale in (
+            ("gold", "step", "over the steps", "step", "linear"),
+            ("proxy", "step", "over the steps", "step", "linear"),
+            ("gold", "kl", "against KL", "KL from the SFT policy (nats)", "sqrt"),
+        )
     }
+    write_text(stage.out / "samples.json", json.dumps(stage.shown, indent=2))
     write_text(stage.out / "curves.json", json.dumps(figures))
     return [table, agreement]
 
