@@ -47,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(
         root / "to_score.jsonl", [{"prompt": p, "completion": c} for p, c, _ in tiny_preferences(6)]
     )
+    write(root / "gold.jsonl", [{"proxy": [1.0, 2.0, 3.0], "gold": [5.0, 1.0, 3.0]}] * 2)
     write(root / "wrong_columns.jsonl", [{"question": "q", "answer": "a"}] * 3)
     write(root / "no_answers.jsonl", [{"prompt": "p"}])
     write(root / "long.jsonl", [{"prompt": "p", "completion": "cat " * 200}])
@@ -267,6 +268,7 @@ def test_the_commands_run_one_after_another(folder: Path, capsys: pytest.Capture
         "--output {f}/way/evaluation.json",
         "evaluate --completions {f}/way/samples.jsonl --reference_completions "
         "{f}/way/samples.jsonl --judge {f}/way/reward/model --output {f}/way/win.json",
+        "evaluate --best_of_n {f}/gold.jsonl --output {f}/way/best.json",
         "report --folder {f}/way/policy",
     ]
     for step in steps:
@@ -279,10 +281,17 @@ def test_the_commands_run_one_after_another(folder: Path, capsys: pytest.Capture
     assert len(scored[0]["reward"]) == len(scored[0]["std"]) == 4
     assert len(scored[0]["members"][0]) == 2
     assert json.loads((way / "win.json").read_text())["win_rate"]["win_rate"] == 0.5
+    best = list(json.loads((way / "best.json").read_text())["best_of_n"].values())
+    assert best == pytest.approx([3.0, 7 / 3])  # of two: 3 in two of three pairs, 1 in the other
     assert "<html" in (way / "policy" / "report.html").read_text()
     capsys.readouterr()
     assert run(steps[0], folder) == 0  # a finished run is never done again
     assert "is finished" in capsys.readouterr().err
+    assert run(steps[1] + " --train.centring 0.5", folder) == 2  # another run's folder is refused
+    assert "train.centring=0.01" in capsys.readouterr().err
+    config = (way / "reward" / "config.yaml").read_text()
+    assert "preferences:" in config
+    assert "members: 2" in config
 
 
 def test_score_gives_the_numbers_of_plain_transformers(folder: Path):

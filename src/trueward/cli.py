@@ -65,7 +65,16 @@ def _run(name: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\ntrueward {name}: interrupted; run it again to go on.", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError, SafetensorError, RuntimeError) as error:
+    except (
+        ArithmeticError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
         if os.environ.get("TRUEWARD_TRACEBACK"):
             raise
         print(f"trueward {name}: {_sentence(error)}", file=sys.stderr)
@@ -80,7 +89,7 @@ def _sentence(error: BaseException) -> str:
         return f"{text.rstrip('.')}: free some space and run it again, it goes on where it was."
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename} does not exist: check the path."
-    if isinstance(error, RuntimeError | TypeError) or not text:
+    if isinstance(error, ArithmeticError | LookupError | RuntimeError | TypeError) or not text:
         return f"{type(error).__name__}: {text} (TRUEWARD_TRACEBACK=1 shows where)"
     return text
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from trueward.config import parse
 from trueward.data.formats import (
@@ -25,21 +27,23 @@ from trueward.data.formats import (
     write_jsonl,
 )
 from trueward.evaluate.judges import ChatJudge, Judge, reward_judge
+from trueward.evaluate.overoptimization import best_of_n_curve, best_of_n_kl
 from trueward.evaluate.preferences import evaluate_preferences
 from trueward.evaluate.winrate import win_rate
 from trueward.lab.demo import DemoConfig, run_demo
 from trueward.models.policy import Policy
-from trueward.models.reward_function import Reward, posterior_function
+from trueward.models.reward_function import Reward
 from trueward.models.reward_model import RewardModel
 from trueward.models.scratch import ModelSource, load_policy
 from trueward.pipeline import ObjectiveConfig, RLPConfig, SPGConfig, evaluate_on, run_rlp
+from trueward.posterior import RewardPosterior
 from trueward.refine.multiview import MultiView, MultiViewConfig
 from trueward.refine.synthetic import synthetic_preferences
 from trueward.report.run import report_run
-from trueward.sampling import SamplingConfig, read_samples, sample_to_file
+from trueward.sampling import SamplingConfig, fitting_prompts, read_samples, sample_to_file
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig, train_reward
-from trueward.train.run_folder import finished_summary, write_text
+from trueward.train.run_folder import RunFolder, finished_summary, write_text
 from trueward.train.sft import SFTConfig, train_sft
 
 logger = logging.getLogger(__name__)
@@ -78,11 +82,12 @@ class SFTCommand:
 
 def sft(config: SFTCommand) -> None:
     """Train a policy and save it in `output_dir/model`."""
-    if _finished(config.output_dir):
+    if _finished(config, "sft"):
         return
     loaded = load_demonstrations(config.demonstrations, **config.data.arguments())
     texts = (text_of(t) for row in loaded.rows for t in (row.prompt, row.completion))
     policy = load_policy(config.model, texts, seed=config.train.seed)
+    _start(config, "sft")
     train_sft(policy, loaded.rows, config.train, output_dir=config.output_dir, report=loaded.report)
     _tell(config.output_dir, loaded)
 
@@ -105,13 +110,15 @@ class RewardCommand:
 
 def reward(config: RewardCommand) -> None:
     """Train a reward model and save it in `output_dir/model`."""
-    if _finished(config.output_dir):
+    if _finished(config, "reward"):
         return
     loaded = load_preferences(config.preferences, **config.data.arguments())
     rows, held_out = split_by_prompt(loaded.rows, fraction=config.held_out, seed=config.train.seed)
     sets = {"held_out": held_out} if held_out else {}
     for name, source in config.evaluation.items():
-        sets[name] = load_preferences(source, **config.data.arguments()).rows
+        more = load_preferences(source, **config.data.arguments())
+        console.print(more.report.summary(), highlight=False)
+        sets[name] = more.rows
     model = RewardModel.from_backbone(
         config.backbone,
         members=config.members,
@@ -121,6 +128,7 @@ def reward(config: RewardCommand) -> None:
         seed=config.train.seed,
     )
     model.facts = {"training data": Path(config.preferences).name, "base": config.backbone}
+    _start(config, "reward")
     train_reward(
         model,
         rows,
@@ -148,13 +156,17 @@ class PolicyCommand:
 
 def policy(config: PolicyCommand) -> None:
     """Train a policy and save it in `output_dir/model`."""
-    if _finished(config.output_dir):
+    if _finished(config, "policy"):
         return
     loaded = load_prompts(config.prompts, **config.data.arguments())
+    start = Policy.from_pretrained(config.policy, lora_rank=config.lora_rank)
+    rows = fitting_prompts(start, loaded.rows, loaded.report)
+    reward_function = load_reward(config.reward)
+    _start(config, "policy")
     train_policy(
-        Policy.from_pretrained(config.policy, lora_rank=config.lora_rank),
-        load_reward(config.reward),
-        loaded.rows,
+        start,
+        reward_function,
+        rows,
         config.train,
         objective=config.objective.build(),
         output_dir=config.output_dir,
@@ -176,10 +188,12 @@ class SampleCommand:
 def sample(config: SampleCommand) -> None:
     """Write a row for each prompt; a killed command goes on at its first missing shard."""
     loaded = load_prompts(config.prompts, **config.data.arguments())
+    writer = Policy.from_pretrained(config.policy)
+    rows = fitting_prompts(writer, loaded.rows, loaded.report)
     console.print(loaded.report.summary(), highlight=False)
     numbers = sample_to_file(
-        Policy.from_pretrained(config.policy),
-        [row.prompt for row in loaded.rows],
+        writer,
+        [row.prompt for row in rows],
         config.sampling,
         config.output,
         progress=None,
@@ -203,12 +217,16 @@ def score(config: ScoreCommand) -> None:
     rows = [row for _, row in read_jsonl(config.input)]
     prompts, completions, counts = _completions(rows, config.input)
     models = [RewardModel.from_pretrained(path) for path in config.reward_model]
-    if len(models) == 1:
-        posterior = models[0].score(
-            prompts, completions, max_tokens=config.max_tokens, progress=None
-        )
-    else:
-        posterior = posterior_function(models)(prompts, completions)
+    # One model by its own convention (a scalar one's raw logit); several on their common scale.
+    scale = None if len(models) == 1 else True
+    posterior = RewardPosterior.stack_members(
+        [
+            m.score(
+                prompts, completions, max_tokens=config.max_tokens, normalise=scale, progress=None
+            )
+            for m in models
+        ]
+    )
     values = {
         "reward": config.objective.build()(posterior).tolist(),
         "mean": posterior.mean.tolist(),
@@ -245,7 +263,7 @@ class RefineCommand:
 
 def refine(config: RefineCommand) -> None:
     """Train the refined reward model and save it in `output_dir/model`."""
-    if _finished(config.output_dir):
+    if _finished(config, "refine"):
         return
     out = Path(config.output_dir)
     loaded = load_preferences(config.preferences, **config.data.arguments())
@@ -259,7 +277,9 @@ def refine(config: RefineCommand) -> None:
             max_length=config.train.max_length,
             seed=config.train.seed,
         )
+    model.facts = {"training data": Path(config.preferences).name, "refined by": config.method}
     drawn = read_samples(config.samples)
+    _start(config, "refine")
     rows, auxiliary = list(loaded.rows), None
     if config.method == "uml":
         width = model.backbone.config.get_text_config().hidden_size
@@ -306,6 +326,7 @@ class EvaluateCommand:
     reference_completions: str = ""  # the same prompts, answered by another policy
     judge: str = ""  # a reward model's folder, or chat:MODEL for an OpenAI-compatible endpoint
     base_url: str = "https://api.openai.com/v1"  # of the chat judge; its key is OPENAI_API_KEY
+    best_of_n: str = ""  # JSONL with the lists `proxy` and `gold` of a prompt's samples
     output: str = ""  # a .json file for the numbers
     data: DataOptions = field(default_factory=DataOptions)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -318,22 +339,58 @@ def evaluate(config: EvaluateCommand) -> None:
         if not config.reward_model:
             raise DataError("--preferences needs --reward_model: which model shall be evaluated?")
         model = load_reward(config.reward_model)
-        function = model.score if isinstance(model, RewardModel) else model
         for name, source in config.preferences.items():
-            rows: list[PreferenceRow] = load_preferences(
-                source, keep_ties=True, **config.data.arguments()
-            ).rows
-            found[name] = evaluate_preferences(function, rows, objective=config.objective.build())
+            loaded = load_preferences(source, keep_ties=True, **config.data.arguments())
+            console.print(loaded.report.summary(), highlight=False)
+            found[name] = _evaluate_rows(model, loaded.rows, config.objective.build())
     if config.completions:
         if not (config.reference_completions and config.judge):
             raise DataError("--completions needs --reference_completions and --judge.")
         found["win_rate"] = _win_rate(config)
+    if config.best_of_n:
+        found["best_of_n"] = _best_of_n(config.best_of_n)
     if not found:
-        raise DataError("Nothing to evaluate: give --preferences NAME FILE or --completions FILE.")
+        raise DataError(
+            "Nothing to evaluate: give --preferences NAME FILE, --completions FILE or --best_of_n "
+            "FILE."
+        )
     if config.output:
         write_text(Path(config.output), json.dumps(found, indent=2))
     for name, numbers in found.items():
         console.print(f"{name}: {_numbers(numbers)}", highlight=False)
+
+
+def _evaluate_rows(
+    reward: Reward, rows: list[PreferenceRow], objective: Callable[[RewardPosterior], Tensor]
+) -> dict[str, float]:
+    """Evaluate on the rows that fit the reward's context; `overlong` counts the others."""
+    models = [reward] if isinstance(reward, RewardModel) else reward
+    fitting = rows
+    if isinstance(models, Sequence):
+        fitting = [
+            r
+            for r in rows
+            if all(m.fits(r.prompt, r.chosen) and m.fits(r.prompt, r.rejected) for m in models)
+        ]
+    if not fitting:
+        raise DataError("No row fits the reward model's context.")
+    function = reward.score if isinstance(reward, RewardModel) else reward
+    numbers = evaluate_preferences(function, fitting, objective=objective)
+    return {"overlong": float(len(rows) - len(fitting)), **numbers}
+
+
+def _best_of_n(source: str) -> dict[str, float]:
+    """Return the expected gold reward of the proxy's pick among n, for n in powers of two."""
+    rows = [row for _, row in read_jsonl(source)]
+    for line, row in enumerate(rows, start=1):
+        if not {"proxy", "gold"} <= set(row):
+            raise DataError(f"{source}, row {line}: needs the lists 'proxy' and 'gold'.")
+    size = min(len(row["proxy"]) for row in rows)
+    ns = [2**k for k in range(size.bit_length()) if 2**k <= size]
+    proxy = torch.tensor([row["proxy"][:size] for row in rows], dtype=torch.float64)
+    gold = torch.tensor([row["gold"][:size] for row in rows], dtype=torch.float64)
+    curve = best_of_n_curve(proxy, gold, ns).tolist()
+    return {f"n={n} (KL {best_of_n_kl(n):.2f})": g for n, g in zip(ns, curve, strict=True)}
 
 
 def _win_rate(config: EvaluateCommand) -> dict[str, Any]:
@@ -365,6 +422,8 @@ def report(config: ReportCommand) -> None:
     """Write `report.html` into the folder."""
     console.print(str(report_run(config.folder)), highlight=False)
 
+
+Training = SFTCommand | RewardCommand | PolicyCommand | RefineCommand
 
 RUNS: dict[str, tuple[type, Callable[..., object]]] = {
     "demo": (DemoConfig, run_demo),
@@ -429,11 +488,18 @@ def _completions(rows: list[dict[str, Any]], source: str) -> tuple[list[Any], li
     return prompts, completions, counts
 
 
-def _finished(output_dir: str) -> bool:
-    done = finished_summary(output_dir) is not None
-    if done:
-        console.print(f"{output_dir} is finished; remove it to start afresh.", highlight=False)
-    return done
+def _finished(config: "Training", name: str) -> bool:
+    """Tell whether the folder holds this very run, finished; refuse another one's."""
+    if finished_summary(config.output_dir) is None:
+        return False
+    _start(config, name)
+    console.print(f"{config.output_dir} is finished; remove it to start afresh.", highlight=False)
+    return True
+
+
+def _start(config: "Training", name: str) -> None:
+    """Save the command's whole configuration once its inputs are read; refuse another run's."""
+    RunFolder(config.output_dir, command=name, config=config)
 
 
 def _tell(output_dir: str, loaded: Loaded[Any]) -> None:

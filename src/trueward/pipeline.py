@@ -15,20 +15,24 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from trueward import objectives
 from trueward.data.formats import (
     DataError,
+    DemonstrationRow,
     Loaded,
     LoadReport,
     PreferenceRow,
     Prompt,
+    PromptRow,
     load_demonstrations,
     load_preferences,
     load_prompts,
@@ -55,7 +59,7 @@ from trueward.refine.equivalence import (
 )
 from trueward.refine.multiview import MultiView, MultiViewConfig
 from trueward.refine.synthetic import synthetic_preferences
-from trueward.sampling import SamplingConfig, read_samples, sample_to_file
+from trueward.sampling import SamplingConfig, fitting_prompts, read_samples, sample_to_file
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig, train_reward
 from trueward.train.run_folder import RunFolder, finished_summary, write_text
@@ -77,11 +81,17 @@ class ObjectiveConfig:
         "uncertainty_weighted",
         "lower_confidence_bound",
         "entropic",
+        "quantile",
     ] = "mean"
     nominal_weight: float = 0.4  # reward_robust: 1 is nominal alone, 0 the worst case alone
     min_level: Literal["sample", "batch"] = "sample"  # reward_robust
     coef: float = 0.5  # uncertainty_weighted, lower_confidence_bound
     temperature: float = 1.0  # entropic
+    level: float = 0.25  # quantile
+
+    def __post_init__(self) -> None:
+        # Asked once of a made-up posterior, so that a bad number is refused before hours of work.
+        self.build()(RewardPosterior(torch.zeros(1, 2), torch.ones(1, 2)))
 
     def build(self) -> Callable[[RewardPosterior], Tensor]:
         """Return the objective as a function of the posterior."""
@@ -98,6 +108,7 @@ class ObjectiveConfig:
                 p, coef=self.coef
             ),
             "entropic": lambda p: objectives.entropic(p, temperature=self.temperature),
+            "quantile": lambda p: objectives.quantile(p, level=self.level),
         }
         return builders[self.name]
 
@@ -108,10 +119,19 @@ class SPGConfig:
 
     gamma: float = 0.5  # smallest confidence, inclusive; 0 = Select-All
     equivalence: Literal["exact", "answer", "policy_states", "embedding", "nli"] = "policy_states"
-    model: str = "microsoft/deberta-large-mnli"  # for nli; a sentence-transformers name otherwise
+    nli_model: str = "microsoft/deberta-large-mnli"
+    embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     mode: Literal["relaxed", "strict", "no_contradiction"] = "relaxed"  # nli
     threshold: float | None = None  # cosine similarity, for policy_states and embedding
     level: float = 0.95  # without a threshold: the quantile of unrelated completions' cosines
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma is a confidence in [0, 1], got {self.gamma}.")
+        if not 0 < self.level < 1:
+            raise ValueError(f"level is a share of pairs in (0, 1), got {self.level}.")
+        if self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise ValueError(f"threshold is a cosine in [-1, 1], got {self.threshold}.")
 
     def build(
         self,
@@ -131,10 +151,10 @@ class SPGConfig:
         if self.equivalence == "answer":
             return exact_answer
         if self.equivalence == "nli":
-            return NLIEquivalence.from_pretrained(self.model, mode=self.mode, cache_path=cache)
+            return NLIEquivalence.from_pretrained(self.nli_model, mode=self.mode, cache_path=cache)
         unrelated = [texts[0] for texts in completions[:256] if texts]
         if self.equivalence == "embedding":
-            embed = sentence_transformer(self.model)
+            embed = sentence_transformer(self.embedding_model)
         elif policy is None:
             raise ValueError("equivalence=policy_states needs a policy to embed with.")
         else:
@@ -193,6 +213,16 @@ class RLPConfig:
             raise ValueError("methods must name at least one of spg and uml.")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}.")
+        if self.data.evaluation_prompts < 2:
+            raise ValueError(
+                "data.evaluation_prompts must be at least 2 (an interval needs two), got "
+                f"{self.data.evaluation_prompts}."
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "rlp runs in one process: its stages share files. Launch `trueward reward` and "
+                "`trueward policy` under torchrun instead."
+            )
         if self.members < 0:
             raise ValueError(f"members must be 0 (scalar) or at least 1, got {self.members}.")
 
@@ -201,9 +231,10 @@ class RLPConfig:
 class _Inputs:
     """All rows of a run, loaded once; the report says what was left out."""
 
-    demonstrations: list
+    demonstrations: list[DemonstrationRow]
     preferences: list[PreferenceRow]
-    prompts: list[Prompt]
+    unlabelled: list[PromptRow]  # the held-out ones first
+    prompts: list[Prompt]  # of the policy; known once the policy's context is
     held_out: list[Prompt]
     gold: list[PreferenceRow]
     evaluation: dict[str, list[PreferenceRow]]
@@ -221,9 +252,9 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
     inputs = _load(config)
     for report in inputs.reports:
         logger.info("%s", report.summary())
-    write_text(out / "data.txt", "\n\n".join(r.summary(limit=20) for r in inputs.reports) + "\n")
 
     sft = _sft(config, inputs, out / "01_sft")
+    inputs = _split_prompts(config, sft, inputs)
     gold = None
     if inputs.gold:
         # Another seed and other data than the proxy's: its errors are not the proxy's errors.
@@ -232,7 +263,11 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
         )
     reward = _reward(config, sft, inputs.preferences, inputs, out / "02_reward", seed=config.seed)
     first = _policy(config, reward, inputs, out / "03_policy")
-    policies = {"SFT": (sft, None), "PPO": (first, reward)}
+    name_of_first = config.policy.algorithm.upper()
+    policies: dict[str, tuple[Policy, RewardModel | None]] = {
+        "SFT": (sft, None),
+        name_of_first: (first, reward),
+    }
     for method in config.methods:
         current, model = first, reward
         for round_ in range(1, config.rounds + 1):
@@ -253,6 +288,7 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
         p.parent.name: json.loads(p.read_text("utf-8")) for p in sorted(out.glob("*/summary.json"))
     }
     _write_table(out, rows)
+    write_text(out / "data.txt", "\n\n".join(r.summary(limit=20) for r in inputs.reports) + "\n")
     metrics = {
         "policies": rows,
         "reward_models_on_policy_samples": shift,
@@ -286,11 +322,13 @@ def _load(config: RLPConfig) -> _Inputs:
         for name, s in data.evaluation.items()
     }
     parts: list[Loaded[Any]] = [demonstrations, preferences, prompts, *gold, *evaluation.values()]
-    # Nothing is trained on that is reported on.
+    # Nothing is trained on that is reported on: neither the evaluation sets' prompts nor the
+    # held-out ones, whatever source they come from.
     reserved = {prompt_key(row.prompt) for part in evaluation.values() for row in part.rows}
-    trainable: list[Loaded[Any]] = [demonstrations, preferences, prompts, *gold]
+    unlabelled = _without(prompts, reserved)[data.skip_prompts :]
+    reserved |= {prompt_key(row.prompt) for row in unlabelled[: data.evaluation_prompts]}
+    trainable: list[Loaded[Any]] = [demonstrations, preferences, *gold]
     trained = [_without(part, reserved) for part in trainable]
-    unlabelled = [row.prompt for row in trained[2][data.skip_prompts :]]
     if len(unlabelled) <= data.evaluation_prompts:
         raise DataError(
             f"{data.prompts} has {len(unlabelled)} prompts after skip_prompts={data.skip_prompts}, "
@@ -300,11 +338,23 @@ def _load(config: RLPConfig) -> _Inputs:
     return _Inputs(
         demonstrations=trained[0],
         preferences=trained[1],
-        prompts=unlabelled[data.evaluation_prompts :],
-        held_out=unlabelled[: data.evaluation_prompts],
-        gold=[row for rows in trained[3:] for row in rows],
+        unlabelled=unlabelled,
+        prompts=[],
+        held_out=[],
+        gold=[row for rows in trained[2:] for row in rows],
         evaluation={name: part.rows for name, part in evaluation.items()},
         reports=[part.report for part in parts],
+    )
+
+
+def _split_prompts(config: RLPConfig, policy: Policy, inputs: _Inputs) -> _Inputs:
+    """Report prompts that leave no room for a completion; split the others."""
+    fitting = fitting_prompts(policy, inputs.unlabelled, inputs.reports[2])
+    held_out = {prompt_key(r.prompt) for r in inputs.unlabelled[: config.data.evaluation_prompts]}
+    return dataclasses.replace(
+        inputs,
+        prompts=[r.prompt for r in fitting if prompt_key(r.prompt) not in held_out],
+        held_out=[r.prompt for r in fitting if prompt_key(r.prompt) in held_out],
     )
 
 
@@ -323,7 +373,13 @@ def _sft(config: RLPConfig, inputs: _Inputs, out: Path) -> Policy:
     if finished_summary(out) is None:
         texts = (text_of(t) for row in inputs.demonstrations for t in (row.prompt, row.completion))
         policy = load_policy(config.model, texts, seed=config.seed)
-        train_sft(policy, inputs.demonstrations, config.sft, output_dir=out)
+        train_sft(
+            policy,
+            inputs.demonstrations,
+            dataclasses.replace(config.sft, seed=config.seed),
+            output_dir=out,
+            report=inputs.reports[0],
+        )
     return Policy.from_pretrained(out / "model", lora_rank=config.model.lora_rank)
 
 
@@ -345,13 +401,16 @@ def _reward(
         auxiliary = None
         if samples is not None:
             width = model.backbone.config.get_text_config().hidden_size
-            auxiliary = MultiView(width, samples, config.uml)
+            auxiliary = MultiView(width, samples, dataclasses.replace(config.uml, seed=seed))
         held_out = inputs.evaluation
+        source = config.data.gold_preferences if out.name == "02_gold" else config.data.preferences
+        model.facts = {"training data": source, "stage": out.name}
         train_reward(
             model,
             preferences,
             dataclasses.replace(config.reward, seed=seed),
             output_dir=out,
+            report=inputs.reports[1],
             auxiliary=auxiliary,
             evaluation=lambda m: evaluate_on(m, held_out),
             reference=_reference(config, sft, inputs, out.parent),
@@ -451,9 +510,7 @@ def _refine(
             prompts,
             texts,
             rewards,
-            equivalent=config.spg.build(
-                sft, [t for ts in texts for t in ts][:512], cache=pairs / "nli_cache.jsonl"
-            ),
+            equivalent=config.spg.build(sft, texts, cache=pairs / "nli_cache.jsonl"),
             gamma=config.spg.gamma,
             seed=config.seed,
         )

@@ -14,7 +14,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache
 
-from trueward.data.formats import DataError, Prompt, read_jsonl, write_jsonl
+from trueward.data.formats import (
+    DataError,
+    LoadReport,
+    Prompt,
+    PromptRow,
+    read_jsonl,
+    write_jsonl,
+)
 from trueward.data.tokens import prompt_ids as ids_of_prompt
 from trueward.models.policy import Policy
 
@@ -29,7 +36,7 @@ class SamplingConfig:
     temperature: float = 1.0  # 0 = greedy
     top_p: float = 1.0  # 1 = off
     max_new_tokens: int = 256
-    max_tokens: int = 16384  # padded prompt tokens computed at once
+    max_tokens: int = 65536  # padded tokens of all rows, room for the completions counted in
     seed: int = 0
     engine: str = "transformers"  # or "vllm", where it is installed
 
@@ -83,8 +90,9 @@ def sample(
     Raises:
         DataError: A prompt that leaves no room for a completion.
     """
+    names = list(range(len(prompts))) if indices is None else list(indices)
     encoded = []
-    for i, prompt in enumerate(prompts):
+    for i, prompt in zip(names, prompts, strict=True):
         ids = ids_of_prompt(policy.tokenizer, prompt)
         if not ids:
             raise DataError(f"Prompt {i + 1} is empty: a completion needs something to continue.")
@@ -94,7 +102,6 @@ def sample(
                 "shorten it, or leave it out."
             )
         encoded.append(ids)
-    names = list(range(len(encoded))) if indices is None else list(indices)
     if config.engine == "vllm":
         return _sample_with_vllm(policy, names, encoded, config)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
@@ -117,6 +124,27 @@ def sample(
     return sorted(samples, key=lambda s: s.prompt_index)  # stable: samples keep their index
 
 
+def fitting_prompts(
+    policy: Policy, rows: Sequence[PromptRow], report: LoadReport
+) -> list[PromptRow]:
+    """Return the rows whose prompt leaves room for a completion; report the others by line.
+
+    Raises:
+        DataError: No prompt fits.
+    """
+    kept = []
+    for row in rows:
+        length = len(ids_of_prompt(policy.tokenizer, row.prompt))
+        if length < policy.max_length:
+            kept.append(row)
+        else:
+            detail = f"the prompt has {length} tokens and the policy reads {policy.max_length}"
+            report.add("over-long", row.where, detail)
+    if rows and not kept:
+        raise DataError(f"No prompt can be used: {report.summary()}")
+    return kept
+
+
 def sample_to_file(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -131,11 +159,15 @@ def sample_to_file(
     Rows hold `prompt`, `completions`, `finished` and `logps` (each completion's summed
     log-probability). Prompts are worked off in shards kept beside the file until all are there, so
     a killed run goes on at its first missing shard and ends with the same file. Shards of other
-    prompts or settings are dropped.
+    prompts, settings or weights are dropped.
     """
     path = Path(path)
     shards = path.with_suffix(".shards")
-    key = hashlib.sha256(repr((config, shard_size, list(prompts))).encode()).hexdigest()
+    if config.engine == "vllm":
+        shard_size = max(1, len(prompts))  # an engine is started for each shard
+    weights = [p.double().sum().item() for p in policy.parameters()]
+    made_of = (config, shard_size, list(prompts), weights)
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()
     if shards.exists() and not (shards / key).exists():
         shutil.rmtree(shards)
     shards.mkdir(parents=True, exist_ok=True)
@@ -182,7 +214,7 @@ def _chunks(order: list[int], encoded: list[list[int]], config: SamplingConfig) 
     chunks: list[list[int]] = [[]]
     for i in order:
         width = len(encoded[i]) + config.max_new_tokens
-        if chunks[-1] and (len(chunks[-1]) + 1) * config.n * width > config.max_tokens * 4:
+        if chunks[-1] and (len(chunks[-1]) + 1) * config.n * width > config.max_tokens:
             chunks.append([])
         chunks[-1].append(i)
     return [c for c in chunks if c]
@@ -325,14 +357,17 @@ def _sample_with_vllm(
     with tempfile.TemporaryDirectory() as folder:
         policy.save_pretrained(folder)
         engine = LLM(model=folder, seed=config.seed, enable_prefix_caching=True)
-        parameters = SamplingParams(
-            n=config.n,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_tokens=config.max_new_tokens,
-            logprobs=0,  # the drawn token's own
-            seed=config.seed,
-        )
+        parameters = [
+            SamplingParams(
+                n=config.n,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                max_tokens=min(config.max_new_tokens, policy.max_length - len(ids)),
+                logprobs=0,  # the drawn token's own
+                seed=(config.seed * 1_000_003 + index) % 2**31,
+            )
+            for index, ids in zip(indices, encoded, strict=True)
+        ]
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in encoded], parameters)
     samples = []
     for index, ids_in, output in zip(indices, encoded, outputs, strict=True):

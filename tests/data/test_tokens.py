@@ -159,6 +159,11 @@ def test_messages_get_one_bos_though_both_template_and_tokenizer_add_one(
     assert tokenizer.bos_token_id not in tokenize(tokenizer, USER, "a").completion_ids
 
 
+def test_a_template_without_bos_gets_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = prompt_ids(with_bos(tokenizer), USER)
+    assert tokenizer.bos_token_id not in ids
+
+
 def test_a_string_gets_the_tokenizers_own_bos_once(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer = with_bos(tokenizer)
     plain = prompt_ids(tokenizer, "what")

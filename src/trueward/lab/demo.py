@@ -40,6 +40,7 @@ from trueward.train.sft import SFTConfig, train_sft
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
+_MAX_WORDS = 40  # of an answer; those of the demonstrations end by 30
 Objective = Callable[[RewardPosterior], Tensor]
 
 
@@ -208,7 +209,7 @@ def _optimise(
             steps=config.steps,
             prompts_per_step=config.prompts_per_step,
             completions_per_prompt=config.completions_per_prompt,
-            max_new_tokens=config.world.max_words + 8,
+            max_new_tokens=_MAX_WORDS,
             learning_rate=config.learning_rate,
             schedule="constant",
             warmup_ratio=0.05,
@@ -226,7 +227,7 @@ def _optimise(
         policy,
         early[0] if early else policy,
         [
-            {"kl": s["kl/k1"], "gold": g, "proxy": s["reward"]}
+            {"step": s["step"], "kl": s["kl/k1"], "gold": g, "proxy": s["reward"]}
             for s, g in zip(steps, gold, strict=True)
         ],
     )
@@ -310,8 +311,7 @@ def _accuracies(
 
 
 def _answers(policy: Policy, prompts: Sequence[str], *, n: int, seed: int) -> list[list[str]]:
-    length = GrammarWorld.max_words + 8
-    drawn = sample(policy, prompts, SamplingConfig(n=n, max_new_tokens=length, seed=seed))
+    drawn = sample(policy, prompts, SamplingConfig(n=n, max_new_tokens=_MAX_WORDS, seed=seed))
     return [[s.text for s in drawn[i * n : (i + 1) * n]] for i in range(len(prompts))]
 
 

@@ -45,7 +45,6 @@ class GrammarWorld:
     focus: float = 0.35  # chance that a subject in a demonstration is the topic
     label_noise: float = 0.2  # share of comparisons whose label is flipped
     length_bias: float = 0.0  # added to the annotator's utility for each word
-    max_words: int = 32
 
     def prompts(self, count: int, *, seed: int) -> list[str]:
         """Return requests about a topic described by up to two adjectives (about 860 differ)."""

@@ -156,9 +156,12 @@ def grow_vocabulary(model: PreTrainedModel | PeftModel, size: int) -> None:
 
 
 def add_adapters(
-    model: PreTrainedModel | PeftModel, *, rank: int, alpha: int | None = None
+    model: PreTrainedModel | PeftModel, *, rank: int, alpha: int | None = None, seed: int = 0
 ) -> PeftModel:
-    """Freeze the model and put low-rank adapters on its linear layers; alpha is `2 * rank`."""
+    """Freeze the model and put low-rank adapters on its linear layers; alpha is `2 * rank`.
+
+    The adapters' first weights depend on the seed alone.
+    """
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha or 2 * rank,
@@ -168,9 +171,16 @@ def add_adapters(
     )
     if isinstance(model, PeftModel):
         raise ValueError("The model has adapters already: merge them first, or go on with those.")
-    adapted = get_peft_model(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def default_device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from trueward.data.packing import PackedBatch
 from trueward.data.tokens import ensure_pad_token
 from trueward.models.backbone import (
     add_adapters,
+    default_device,
     disable_dropout,
     grow_vocabulary,
     hidden_states,
@@ -83,11 +84,11 @@ class Policy(nn.Module):
         policy = cls(model, tokenizer)
         if lora_rank:
             policy.add_lora(lora_rank)
-        return policy.to(device or "cpu")
+        return policy.to(device or default_device())
 
-    def add_lora(self, rank: int, *, alpha: int | None = None) -> None:
+    def add_lora(self, rank: int, *, alpha: int | None = None, seed: int = 0) -> None:
         """Freeze the model and train low-rank adapters; the reference is the adapter off."""
-        self.model = add_adapters(self.model, rank=rank, alpha=alpha)
+        self.model = add_adapters(self.model, rank=rank, alpha=alpha, seed=seed)
 
     @property
     def has_adapter(self) -> bool:
@@ -236,6 +237,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.bias = nn.Parameter(torch.zeros(()))
 
     @classmethod
     def from_reward_model(cls, reward_model: RewardModel) -> "ValueModel":
@@ -248,9 +250,14 @@ class ValueModel(nn.Module):
         head = ScalarHead(backbone.config.get_text_config().hidden_size)
         nn.init.zeros_(head.linear.weight)
         if isinstance(reward_model.head, ScalarHead):
-            scale = 1 / reward_model.reward_std[0]
-            head.linear.weight.data.copy_(reward_model.head.linear.weight * scale)
-        return cls(backbone.requires_grad_(True), head.to(backbone.device))
+            head.linear.weight.data.copy_(
+                reward_model.head.linear.weight / reward_model.reward_std[0]
+            )
+        critic = cls(backbone.requires_grad_(True), head.to(backbone.device))
+        if isinstance(reward_model.head, ScalarHead):  # the rewards' own scale, mean and all
+            offset = -reward_model.reward_mean[0] / reward_model.reward_std[0]
+            critic.bias.data.copy_(offset)
+        return critic
 
     @classmethod
     def from_policy(cls, policy: Policy) -> "ValueModel":
@@ -265,5 +272,5 @@ class ValueModel(nn.Module):
         """Return the value of the state before each completion token (0 at padding)."""
         hidden = hidden_states(self.backbone, batch)
         states = hidden[batch.rows[:, None], batch.predictor_columns]
-        values: Tensor = self.head(states).means[..., 0]
+        values: Tensor = self.head(states).means[..., 0] + self.bias
         return values * batch.mask

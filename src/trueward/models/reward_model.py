@@ -40,6 +40,7 @@ from trueward.data.tokens import (
 from trueward.models.backbone import (
     add_adapters,
     can_share_prefixes,
+    default_device,
     disable_dropout,
     grow_vocabulary,
     hidden_states,
@@ -132,6 +133,9 @@ class RewardModel(nn.Module):
         if members < 0:
             raise ValueError(f"members must be 0 (scalar) or at least 1, got {members}.")
         assert not isinstance(backbone, str | Path)
+        if head_dropout and not members:
+            raise ValueError("head_dropout is for Gaussian heads: a scalar head has none.")
+        torch.manual_seed(seed)  # before anything random: new embedding rows, head, adapters
         ensure_pad_token(tokenizer)
         grow_vocabulary(backbone, len(tokenizer))
         disable_dropout(backbone)
@@ -142,12 +146,12 @@ class RewardModel(nn.Module):
         )
         model = cls(backbone, head, tokenizer, max_length=max_length)
         if lora_rank:
-            model.add_lora(lora_rank)
+            model.add_lora(lora_rank, seed=seed)
         return model
 
-    def add_lora(self, rank: int, *, alpha: int | None = None) -> None:
+    def add_lora(self, rank: int, *, alpha: int | None = None, seed: int = 0) -> None:
         """Freeze the backbone and train low-rank adapters on its linear layers (and the head)."""
-        self.backbone = add_adapters(self.backbone, rank=rank, alpha=alpha)
+        self.backbone = add_adapters(self.backbone, rank=rank, alpha=alpha, seed=seed)
 
     @property
     def device(self) -> torch.device:
@@ -383,7 +387,7 @@ class RewardModel(nn.Module):
         limit = ours.get("max_length")
         model = cls(backbone, head, tokenizer, max_length=limit, **statistics)
         model.facts = ours.get("facts", {})
-        return model.eval().to(device or "cpu")
+        return model.eval().to(device or default_device())
 
 
 def merged(backbone: PreTrainedModel | PeftModel) -> PreTrainedModel:

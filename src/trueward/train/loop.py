@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -21,6 +22,19 @@ from tqdm.auto import tqdm
 from trueward.train.run_folder import RunFolder, to_plain
 
 T = TypeVar("T")
+
+
+# Counts of the loops' own configurations, checked in one place.
+_COUNTS = (
+    "batch_size",
+    "max_length",
+    "steps",
+    "prompts_per_step",
+    "completions_per_prompt",
+    "max_new_tokens",
+    "inner_epochs",
+    "minibatches",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +60,11 @@ class LoopConfig:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
+        for name in ("log_every", *_COUNTS):
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if getattr(self, "epochs", 1.0) <= 0:
+            raise ValueError(f"epochs must be above 0, got {getattr(self, 'epochs', None)}.")
         if self.max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens must be at least 1, got {self.max_batch_tokens}.")
 
@@ -101,6 +120,7 @@ class Loop:
         self.config = config
         self.total_steps = total_steps
         self.stage = stage
+        AcceleratorState._reset_state()  # stages of one program may differ in precision
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.bf16 else "no",
             log_with=None if config.tracker == "none" else config.tracker,

@@ -127,6 +127,8 @@ def train_policy(
     """
     posterior_of = posterior_function(reward)
     texts = [p.prompt if isinstance(p, PromptRow) else p for p in prompts]
+    if not texts:
+        raise ValueError("Policy optimisation needs prompts, got none.")
     ref = None if policy.has_adapter else policy.frozen_copy()
     modules: dict[str, torch.nn.Module] = {"policy": policy}
     if config.algorithm == "ppo":
@@ -146,7 +148,7 @@ def train_policy(
     for step in loop.steps():
         chosen = _prompts_of_step(len(texts), config, step)
         mine = loop.share(list(range(len(chosen))))
-        samples = sample(
+        drawn = sample(
             policy,
             [texts[chosen[i]] for i in mine],
             SamplingConfig(
@@ -154,19 +156,19 @@ def train_policy(
                 temperature=config.temperature,
                 top_p=config.top_p,
                 max_new_tokens=config.max_new_tokens,
-                max_tokens=config.max_batch_tokens,
+                max_tokens=4 * config.max_batch_tokens,  # no gradients: rows are cheap
                 seed=seed_of(config.seed, "sample", step),
             ),
             indices=mine,
         )
-        samples = sorted(loop.gather(samples), key=lambda s: s.prompt_index)
-        prompts_in = [texts[chosen[s.prompt_index]] for s in samples]
-        posterior = posterior_of(prompts_in, [_as_completion(p, s) for p, s in
-                                              zip(prompts_in, samples, strict=True)])  # fmt: skip
+        asked = [texts[chosen[s.prompt_index]] for s in drawn]
+        answers = [_as_completion(p, s) for p, s in zip(asked, drawn, strict=True)]
+        samples, posterior = _gathered(loop, drawn, posterior_of(asked, answers))
         scores = penalised(objective(posterior).float(), samples, config)
         if not scores.isfinite().any():
             raise ValueError(f"No completion of step {step} got a finite reward.")
-        rollouts = observe(policy, ref, critic, samples, scores, config)
+        with loop.accelerator.autocast():
+            rollouts = observe(policy, ref, critic, samples, scores, config)
         advantages, returns = advantages_of(rollouts, config)
 
         metrics = rollout_metrics(rollouts) | objectives.robust_diagnostics(posterior)
@@ -176,8 +178,6 @@ def train_policy(
             metrics |= evaluation(policy, step)
         loop.log(metrics, show=["reward", "kl/k1", "length"])
     policy.eval()
-    if not metrics and evaluation:  # resumed after the last step
-        metrics = evaluation(policy, config.steps)
     loop.finish(metrics, policy.save_pretrained)
     return policy
 
@@ -236,6 +236,7 @@ def _learn(
                 numbers["loss/policy"] += loss.item()
                 numbers["clip_fraction"] += clipped.sum().item() / tokens
                 numbers["kl/update"] += (old - logprobs.detach())[mask].sum().item() / tokens
+            numbers = {k: sum(loop.gather([v])) for k, v in numbers.items()}
             numbers["grad_norm"] = loop.update()
             updates += 1
             for key, value in numbers.items():
@@ -255,8 +256,8 @@ def observe(
 ) -> Rollouts:
     """Compute log-probabilities under policy and reference, and values, of a step's completions.
 
-    The policy's own are computed again as training computes them, so that the first ratio is 1 to
-    the last bit whatever engine wrote the completions. `ref=None`: the adapter is switched off.
+    The policy's own are computed again as training computes them, so that the first ratio is 1 up
+    to rounding whatever engine wrote the completions. `ref=None`: the adapter is switched off.
     """
     width = max(len(s.completion_ids) for s in samples)
     logprobs, ref_logprobs, values = (torch.zeros(len(samples), width) for _ in range(3))
@@ -340,6 +341,8 @@ def _batches(
     policy: Policy, samples: Sequence[Sample], rows: Sequence[int], config: PolicyConfig
 ) -> list[tuple[PackedBatch, list[int]]]:
     """Pack completions by prompt within the token budget; return batches and their rows."""
+    if not rows:  # a process without a share
+        return []
     groups: list[Group]
     share = can_share_prefixes(policy.backbone)
     longest = max(len(samples[i].prompt_ids) + len(samples[i].completion_ids) for i in rows)
@@ -360,6 +363,20 @@ def _batches(
         )
         out.append((batch, [rows[i] for g in some for i in members[g]]))
     return out
+
+
+def _gathered(
+    loop: Loop, drawn: list[Sample], posterior: RewardPosterior
+) -> tuple[list[Sample], RewardPosterior]:
+    """Return the completions of all processes in prompt order, and the posterior of each."""
+    means = posterior.means.tolist()
+    stds = posterior.stds.tolist() if posterior.stds is not None else [None] * len(drawn)
+    rows = loop.gather(list(zip(drawn, means, stds, strict=True)))
+    rows = sorted(rows, key=lambda row: row[0].prompt_index)
+    gathered_stds = None if rows[0][2] is None else torch.tensor([row[2] for row in rows])
+    return [row[0] for row in rows], RewardPosterior(
+        torch.tensor([row[1] for row in rows]), gathered_stds
+    )
 
 
 def _rows(values: Tensor, where: list[int], batch: PackedBatch) -> Tensor:

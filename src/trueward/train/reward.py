@@ -1,5 +1,6 @@
 """Reward-model training on preferences: Bradley-Terry, one scalar head or K Gaussian members."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from trueward.data.formats import Completion, DataError, LoadReport, PreferenceRow, Prompt
 from trueward.data.packing import Group, token_budget_batches
-from trueward.data.tokens import tokenize
+from trueward.data.tokens import Tokens, start_token_id, tokenize, truncate_prompt
 from trueward.losses.preference import bradley_terry_loss, centring_loss
 from trueward.losses.uncertainty import bt_marginal_loss, bt_reparam_loss
 from trueward.models.backbone import can_share_prefixes, make_batch
@@ -87,12 +88,14 @@ def train_reward(
             "This model keeps the head it was published with, which trueward does not train: "
             "start from its backbone with RewardModel.from_backbone."
         )
+    if reward_model.members > 1 and config.label_smoothing:
+        raise ValueError("label_smoothing is for a scalar head: Gaussian heads have stds instead.")
     pairs = encode_pairs(reward_model, preferences, config.max_length, report)
     seen = member_subsets(
         len(pairs), reward_model.members, share=config.subset, seed=config.seed
     )  # [pair, member]
     batch_size = min(config.batch_size, len(pairs))
-    per_epoch = len(pairs) // batch_size
+    per_epoch = math.ceil(len(pairs) / batch_size)  # the last batch of an epoch may be short
     total = max(1, round(config.epochs * per_epoch))
     modules: dict[str, nn.Module] = {"reward_model": reward_model}
     if auxiliary is not None:
@@ -100,7 +103,6 @@ def train_reward(
     loop = Loop(config, total_steps=total, modules=modules, stage="reward", output_dir=output_dir)
     share_prefix = can_share_prefixes(reward_model.backbone)
     reward_model.train()
-    recent: list[float] = []
     for step in loop.steps():
         epoch, at = divmod(step - 1, per_epoch)
         order = permutation(len(pairs), config.seed, "reward", epoch)
@@ -139,7 +141,6 @@ def train_reward(
         loss = sum(loop.gather([loss]))
         margins, rewards = loop.gather(margins), loop.gather(rewards)
         accuracy = sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)
-        recent = [*recent[-19:], accuracy]
         metrics |= {
             "loss": loss,
             "accuracy": accuracy,
@@ -153,11 +154,17 @@ def train_reward(
         loop.log(metrics, show=["loss", "accuracy"])
     reward_model.eval()
     prompts, completions = reference or _own_completions(preferences)
-    reward_model.set_normalisation(prompts, completions)
+    fitting = [i for i, p in enumerate(prompts) if reward_model.fits(p, completions[i])]
+    reward_model.set_normalisation([prompts[i] for i in fitting], [completions[i] for i in fitting])
     evaluated = evaluation(reward_model) if evaluation else {}
     reward_model.facts |= {"pairs": len(pairs), **evaluated}
     overlong = len(preferences) - len(pairs)
-    summary = {"steps": total, "pairs": len(pairs), "overlong_pairs": overlong, **evaluated}
+    summary: dict[str, float] = {"steps": total, "pairs": len(pairs), "overlong_pairs": overlong}
+    summary |= {
+        "reference/mean": reward_model.reward_mean.mean().item(),
+        "reference/std": reward_model.reward_std.mean().item(),
+        **evaluated,
+    }
     loop.finish(summary, reward_model.save_pretrained)
     return reward_model
 
@@ -208,21 +215,17 @@ def encode_pairs(
 ) -> list[Pair]:
     """Tokenise pairs; both sides keep the same part of the prompt, and all of their own text."""
     limit = min(max_length, reward_model.max_length)
-    bos = reward_model.tokenizer.bos_token_id
+    start = start_token_id(reward_model.tokenizer)
     pairs = []
     for row in preferences:
         prompt, chosen = tokenize(reward_model.tokenizer, row.prompt, row.chosen)
         rejected = tokenize(reward_model.tokenizer, row.prompt, row.rejected).completion_ids
-        room = limit - max(len(chosen), len(rejected))
-        if room < 1:
-            if report is not None:
-                longest = max(len(chosen), len(rejected))
-                report.add("over-long", row.where, f"a side has {longest} tokens of {limit}")
-            continue
-        if room < len(prompt):
-            keeps_bos = prompt[0] == bos and room > 1
-            prompt = [bos, *prompt[1 - room :]] if keeps_bos else prompt[-room:]
-        pairs.append(Pair(Group(prompt, [chosen, rejected]), row.margin or 0.0))
+        longer = max(chosen, rejected, key=len)
+        fitting = truncate_prompt(Tokens(prompt, longer), limit, bos_token_id=start)
+        if fitting is not None:
+            pairs.append(Pair(Group(fitting.prompt_ids, [chosen, rejected]), row.margin or 0.0))
+        elif report is not None:
+            report.add("over-long", row.where, f"a side has {len(longer)} tokens of {limit}")
     if not pairs:
         raise DataError(f"No preference pair fits max_length={limit}: raise it.")
     return pairs

@@ -50,6 +50,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         resolved = to_plain(config)
         saved = self.path / "config.yaml"
+        if saved.exists() and "output_dir" in resolved_keys(saved) - set(resolved or {}):
+            saved = (
+                self.path / "train.yaml"
+            )  # config.yaml is the command's, of which this is a part
         if saved.exists():
             _refuse_other_config(saved, resolved)
         write_text(saved, yaml.safe_dump(resolved, sort_keys=False))
@@ -132,6 +136,11 @@ class RunFolder:
             except (json.JSONDecodeError, KeyError):
                 continue
         write_text(file, "".join(line + "\n" for line in kept))
+
+
+def resolved_keys(saved: Path) -> set[str]:
+    """Return the top-level keys of a saved configuration."""
+    return set(yaml.safe_load(saved.read_text("utf-8")) or {})
 
 
 def finished_summary(path: str | Path) -> dict[str, Any] | None:

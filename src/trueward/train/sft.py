@@ -1,12 +1,13 @@
 """Supervised fine-tuning: the policy learns to write the demonstrations."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trueward.data.formats import DataError, DemonstrationRow, LoadReport
 from trueward.data.packing import Group, token_budget_batches
-from trueward.data.tokens import tokenize, truncate_prompt
+from trueward.data.tokens import start_token_id, tokenize, truncate_prompt
 from trueward.models.backbone import make_batch
 from trueward.models.policy import Policy
 from trueward.train.loop import Loop, LoopConfig, permutation
@@ -49,14 +50,14 @@ def train_sft(
     """
     groups = _encode(policy, demonstrations, config, report)
     batch_size = min(config.batch_size, len(groups))
-    per_epoch = len(groups) // batch_size
+    per_epoch = math.ceil(len(groups) / batch_size)  # the last batch of an epoch may be short
     total = max(1, round(config.epochs * per_epoch))
     loop = Loop(
         config, total_steps=total, modules={"policy": policy}, stage="sft", output_dir=output_dir
     )
     pad_id = policy.tokenizer.pad_token_id
     policy.train()
-    losses: list[float] = []
+    window = max(1, total // 10)
     for step in loop.steps():
         epoch, at = divmod(step - 1, per_epoch)
         order = permutation(len(groups), config.seed, "sft", epoch)
@@ -72,9 +73,10 @@ def train_sft(
             loop.backward(part)
             loss += part.item()
         norm = loop.update()
-        losses.append(sum(loop.gather([loss])))
+        loss = sum(loop.gather([loss]))
+        loop.state = [*(loop.state or []), loss][-window:]  # in checkpoints: see the summary
         loop.log(
-            {"loss": losses[-1], "num_tokens": tokens, "grad_norm": norm, "epoch": epoch + 1},
+            {"loss": loss, "num_tokens": tokens, "grad_norm": norm, "epoch": epoch + 1},
             show=["loss"],
         )
     policy.eval()
@@ -83,9 +85,7 @@ def train_sft(
         "demonstrations": len(groups),
         "overlong_demonstrations": len(demonstrations) - len(groups),
     }
-    if losses:  # none where a finished run was only loaded again
-        last = losses[-max(1, len(losses) // 10) :]
-        metrics["loss"] = sum(last) / len(last)
+    metrics["loss"] = sum(loop.state) / len(loop.state)  # of the last tenth of the steps
     metrics |= evaluation(policy) if evaluation else {}
     loop.finish(metrics, policy.save_pretrained)
     return policy
@@ -101,7 +101,8 @@ def _encode(
     groups = []
     for row in demonstrations:
         tokens = tokenize(policy.tokenizer, row.prompt, row.completion)
-        fitting = truncate_prompt(tokens, limit, bos_token_id=policy.tokenizer.bos_token_id)
+        start = start_token_id(policy.tokenizer)
+        fitting = truncate_prompt(tokens, limit, bos_token_id=start)
         if fitting is not None:
             groups.append(Group(fitting.prompt_ids, [fitting.completion_ids]))
         elif report is not None:
