@@ -104,5 +104,5 @@ def test_the_recipe_parses(setting: list[str]):
 
     recipe = Path(__file__).parents[1] / "recipes" / "alpaca.yaml"
     found = parse(RLPConfig, ["--config", str(recipe), *setting], command="rlp")
-    assert found.methods == ["spg", "uml"]
+    assert found.methods == ["control", "spg", "uml"]
     assert found.samples.n == 10

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 import trueward.pipeline as pipeline
 from trueward import objectives
@@ -97,13 +98,13 @@ def numbers(out: Path) -> dict:
 
 def test_every_stage_has_its_folder_summary_and_numbers(unbroken: Path):
     metrics = numbers(unbroken)
-    assert set(metrics["policies"]) == {"SFT", "PPO", "RLP-SPG", "RLP-UML"}
+    assert set(metrics["policies"]) == {"SFT", "PPO", "control", "RLP-SPG", "RLP-UML"}
     assert metrics["policies"]["SFT"]["win_rate"] == 0.5
     for stage in ("01_sft", "02_gold", "02_reward", "03_policy", "05_reward_uml_1"):
         assert (unbroken / stage / "model" / "config.json").exists()
         assert stage in metrics["stages"]
     shift = metrics["reward_models_on_policy_samples"]
-    assert set(shift) == {f"reward model of {p}" for p in ("PPO", "RLP-SPG", "RLP-UML")}
+    assert set(shift) == {f"reward model of {p}" for p in ("PPO", "control", "RLP-SPG", "RLP-UML")}
     assert json.loads((unbroken / "table.json").read_text())["columns"][0] == "policy"
     assert "uml/jsd" in (unbroken / "05_reward_uml_1" / "metrics.jsonl").read_text()
     assert "test.jsonl" in (unbroken / "data.txt").read_text()
@@ -150,6 +151,33 @@ def test_runs_killed_in_every_kind_of_stage_end_with_the_numbers_of_an_unbroken_
     assert numbers(tmp_path) == numbers(unbroken)
 
 
+def test_the_embedding_is_calibrated_on_one_whole_completion_of_each_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    seen: list[list[str]] = []
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        seen.append(texts)
+        return torch.eye(8)[: len(texts)]
+
+    monkeypatch.setattr(pipeline, "sentence_transformer", lambda name: embed)
+    SPGConfig(equivalence="embedding").build(None, [["a cat", "a dog"], ["a bird"], []])
+    assert seen == [["a cat", "a bird"]]
+
+
+def test_held_out_prompts_are_in_no_training_data(files: Path, tmp_path: Path):
+    config = config_for(files, tmp_path)
+    shared = dataclasses.replace(
+        config.data, prompts=str(files / "demonstrations.jsonl"), evaluation_prompts=6
+    )
+    inputs = pipeline._load(dataclasses.replace(config, data=shared))
+    held_out = {row.prompt[0]["content"] for row in inputs.unlabelled[:6]}
+    trained = {row.prompt[0]["content"] for row in inputs.demonstrations}
+    assert len(held_out) == 6
+    assert not held_out & trained
+    assert inputs.reports[0].counts()["in an evaluation set"] >= 6
+
+
 def test_nothing_is_trained_on_that_is_reported_on(files: Path, tmp_path: Path):
     config = config_for(files, tmp_path)
     leaking = dataclasses.replace(config.data, preferences=str(files / "test.jsonl"))
@@ -157,10 +185,8 @@ def test_nothing_is_trained_on_that_is_reported_on(files: Path, tmp_path: Path):
         run_rlp(dataclasses.replace(config, data=leaking))
 
 
-@pytest.mark.parametrize("name", [n for n in objectives.OBJECTIVES if n != "quantile"])
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_every_objective_can_be_named(name: str):
-    import torch
-
     posterior = RewardPosterior(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.3, 0.2, 0.1]]))
     reward = ObjectiveConfig(name=name).build()(posterior)  # type: ignore[arg-type]
     known = {"mean": 7 / 3, "median": 2.0, "nominal": 4.0, "worst_case": 1.0}

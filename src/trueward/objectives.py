@@ -32,7 +32,8 @@ def median(posterior: RewardPosterior) -> Float[Tensor, " batch"]:
 def quantile(posterior: RewardPosterior, *, level: float) -> Float[Tensor, " batch"]:
     """The members' quantile, linear between order statistics: 0 is the minimum, 1 the maximum.
 
-    A dial between `worst_case` and `median` that one bad member cannot turn.
+    A dial between `worst_case` and `median`; from `1 / (members - 1)` on, one bad member cannot
+    turn it.
 
     Args:
         posterior: The rewards of the members.
@@ -70,10 +71,11 @@ def reward_robust(
 ) -> Float[Tensor, " batch"]:
     """The reward-robust mix, `a * nominal + (1 - a) * worst case`, with `a = nominal_weight`.
 
-    Yan et al. 2024, Eq. 7 (https://arxiv.org/abs/2409.15360), which takes the minimum over
+    Yan et al. 2024, Eq. 7 (https://arxiv.org/abs/2409.15360; known to us from secondary sources,
+    which differ on the weight's direction: here 1 is nominal), which takes the minimum over
     members outside the expectation. `"sample"` takes it inside, row by row, which is never above
     Eq. 7; `"batch"` finds the member with the lowest mean over the batch and uses it for every
-    row, which is Eq. 7 with the batch for the expectation.
+    row: our reading of Eq. 7 with the batch for the expectation.
 
     Args:
         posterior: The rewards of the members.

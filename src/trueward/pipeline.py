@@ -195,7 +195,10 @@ class RLPConfig:
     data: RLPData
     model: ModelSource = field(default_factory=ModelSource)
     members: int = 0  # 0 = one scalar reward, K = Gaussian heads
-    methods: list[Literal["spg", "uml"]] = field(default_factory=lambda: ["spg", "uml"])
+    # control: trained again on D with another seed and nothing new, at the same cost
+    methods: list[Literal["control", "spg", "uml"]] = field(
+        default_factory=lambda: ["control", "spg", "uml"]
+    )
     rounds: int = 1
     warm_start: bool = False  # refine the last reward model instead of a fresh one from SFT
     seed: int = 42
@@ -210,7 +213,7 @@ class RLPConfig:
 
     def __post_init__(self) -> None:
         if not self.methods:
-            raise ValueError("methods must name at least one of spg and uml.")
+            raise ValueError("methods must name at least one of control, spg and uml.")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}.")
         if self.data.evaluation_prompts < 2:
@@ -277,7 +280,8 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
             )
             model = _refine(config, method, sft, model, drawn, inputs, out / f"05_reward_{name}")
             current = _policy(config, model, inputs, out / f"06_policy_{name}")
-            label = f"RLP-{method.upper()}" + (f" round {round_}" if config.rounds > 1 else "")
+            label = "control" if method == "control" else f"RLP-{method.upper()}"
+            label += f" round {round_}" if config.rounds > 1 else ""
             policies[label] = (current, model)
     rows = {
         label: _evaluate_policy(config, label, policy, reward, gold, inputs, out)
@@ -486,6 +490,10 @@ def _refine(
 ) -> RewardModel:
     """Train the reward model again: on D + synthetic pairs (SPG), or on D beside L_M (UML)."""
     start = scorer if config.warm_start else None
+    if method == "control":
+        # Hundreds apart from the other seeds, and another one in each round.
+        seed = config.seed + 100 * int(out.name.rpartition("_")[2])
+        return _reward(config, sft, inputs.preferences, inputs, out, seed=seed, start=start)
     if method == "uml":
         return _reward(
             config,
@@ -605,7 +613,7 @@ def _shift(
             for (prompt, texts), (first, second) in zip(
                 drawn, scores.view(-1, 2).tolist(), strict=True
             )
-            if texts[0] != texts[1]
+            if first != second  # no made-up labels
         ]
     return {
         f"reward model of {label}": {

@@ -11,6 +11,7 @@ import torch
 
 from trueward import objectives
 from trueward.data.formats import DataError, DemonstrationRow, LoadReport, PreferenceRow
+from trueward.data.packing import Group
 from trueward.losses.policy import kl_estimate
 from trueward.models.policy import Policy, ValueModel
 from trueward.models.reward_model import RewardModel
@@ -94,6 +95,34 @@ def test_nothing_that_fits_is_an_error_with_the_remedy():
         train_sft(new_policy(), DEMONSTRATIONS[:2], SFTConfig(max_length=2, progress=False))
 
 
+def test_a_resumed_sft_reports_the_loss_of_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from trueward.train import loop
+
+    config = SFTConfig(
+        learning_rate=1e-3, epochs=15.0, batch_size=16, checkpoint_every=29, progress=False
+    )  # 30 steps: the summary's loss is the mean of the last three
+    train_sft(new_policy(), DEMONSTRATIONS, config, output_dir=tmp_path / "whole")
+    saved = loop.Loop.checkpoint
+
+    def dying(self: loop.Loop) -> None:
+        saved(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Loop, "checkpoint", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(new_policy(), DEMONSTRATIONS, config, output_dir=tmp_path / "killed")
+    train_sft(new_policy(), DEMONSTRATIONS, config, output_dir=tmp_path / "killed")
+    losses = [
+        json.loads((tmp_path / n / "summary.json").read_text())["metrics"]["loss"]
+        for n in ("whole", "killed")
+    ]
+    assert losses[0] == losses[1]
+    last = [m["loss"] for m in metrics_of(tmp_path / "whole")[-3:]]
+    assert losses[0] == pytest.approx(sum(last) / 3)
+
+
 # ---- reward --------------------------------------------------------------------------------
 
 
@@ -154,11 +183,40 @@ def test_a_row_longer_than_the_limit_is_counted_and_a_long_prompt_is_cut_from_th
 
 
 def test_subsets_are_fixed_by_seed_and_leave_no_pair_unseen():
-    seen = member_subsets(4000, 5, share=0.5, seed=1)
-    assert torch.equal(seen, member_subsets(4000, 5, share=0.5, seed=1))
+    pairs = [Group([i, i + 1], [[i], [2 * i]]) for i in range(4000)]
+    seen = member_subsets(pairs, 5, share=0.5, seed=1)
+    # keyed by the pair, not by where it stands
+    assert torch.equal(seen.flip(0), member_subsets(pairs[::-1], 5, share=0.5, seed=1))
     assert seen.any(1).all()
     assert seen.float().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert member_subsets(10, 1, share=0.5, seed=1).all()
+    assert member_subsets(pairs[:10], 1, share=0.5, seed=1).all()
+
+
+def test_a_row_too_long_for_the_model_does_not_stop_training_without_reference_samples():
+    model = new_reward_model()
+    rows = [PreferenceRow("p", "cat " * 600, "bird", where="f:1"), *preferences(8)]
+    report = LoadReport("made")
+    config = RewardConfig(learning_rate=1e-3, batch_size=8, progress=False)
+    train_reward(model, rows, config, report=report)
+    assert report.counts() == {"over-long": 1}
+    assert model.reward_std.item() != 1.0
+
+
+def test_every_pair_is_seen_in_an_epoch_also_those_of_a_short_last_batch(tmp_path: Path):
+    config = RewardConfig(learning_rate=1e-3, batch_size=16, epochs=1.0, progress=False)
+    train_reward(new_reward_model(), preferences(20), config, output_dir=tmp_path)
+    assert len(metrics_of(tmp_path)) == 2
+    summary = json.loads((tmp_path / "summary.json").read_text())["metrics"]
+    assert summary["pairs"] == 20
+    assert summary["reference/std"] > 0
+
+
+def test_options_that_would_be_ignored_are_refused():
+    with pytest.raises(ValueError, match="label_smoothing is for a scalar head"):
+        train_reward(new_reward_model(2), preferences(8), RewardConfig(label_smoothing=0.1))
+    backbone = tiny_backbone(vocab_size=len(TOKENIZER))
+    with pytest.raises(ValueError, match="head_dropout is for Gaussian heads"):
+        RewardModel.from_backbone(backbone, TOKENIZER, head_dropout=0.1)
 
 
 class StopHereError(Exception):
@@ -411,7 +469,7 @@ def test_observed_values_and_kl_match_separate_forwards():
             expected = logits[range(n), drawn.completion_ids]
             torch.testing.assert_close(found[i, :n], expected, atol=1e-5, rtol=0)
         states = critic.backbone(ids).last_hidden_state[0, 1:-1]
-        expected = critic.head(states).means[:, 0]
+        expected = critic.head(states).means[:, 0] + critic.bias
         torch.testing.assert_close(rollouts.values[i, :n], expected, atol=1e-5, rtol=0)
     kl = kl_estimate(rollouts.logprobs, rollouts.ref_logprobs, estimator="k1")
     assert kl[0].abs().sum() > 0
@@ -420,7 +478,9 @@ def test_observed_values_and_kl_match_separate_forwards():
 def test_the_critic_starts_with_the_reward_model_s_values():
     reward = new_reward_model()
     reward.reward_std.fill_(2.0)
+    reward.reward_mean.fill_(3.0)
     critic = ValueModel.from_reward_model(reward)
+    assert critic.bias.item() == -1.5  # -mean / std: the rewards' own scale
     torch.testing.assert_close(critic.head.linear.weight, reward.head.linear.weight / 2)
     assert critic.backbone is not reward.backbone
     assert not ValueModel.from_reward_model(new_reward_model(2)).head.linear.weight.any()
@@ -469,6 +529,8 @@ def test_evaluation_is_called_every_so_many_steps_and_at_the_end():
         ({"algorithm": "rloo", "completions_per_prompt": 1}, "at least 2, got 1"),
         ({"minibatches": 40}, "cannot exceed prompts_per_step"),
         ({"kl_coef": -1.0}, "kl_coef must be at least 0"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"inner_epochs": 0}, "inner_epochs must be at least 1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict, sentence: str):

@@ -146,8 +146,9 @@ def evaluate_preferences(
     `unordered_rows` and enter nothing else. A metric that is not defined is left out (accuracy of
     members for one member, a correlation with a constant), so every value is finite.
 
-    Pass `reward_model.score` for rewards as they are; a `RewardModel` itself, or several, are
-    scored on their saved scale, on which `ece`, `brier` and `nll` are not those of the logits.
+    Pass `reward_model.score` for a scalar model's raw logits; it puts several members on one
+    scale, as a `RewardModel` itself, or several, are scored. There `ece`, `brier` and `nll` are
+    not those of the logits: `functools.partial(reward_model.score, normalise=False)` gives those.
 
     Args:
         score: A reward model, several, or any function from prompts and completions to rewards.

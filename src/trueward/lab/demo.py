@@ -40,6 +40,7 @@ from trueward.train.sft import SFTConfig, train_sft
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
+_REFINED = 50  # the "member" whose seed control, SPG and UML share: they differ in method alone
 _MAX_WORDS = 40  # of an answer; those of the demonstrations end by 30
 Objective = Callable[[RewardPosterior], Tensor]
 
@@ -283,9 +284,9 @@ def _refined(
         MultiViewConfig(latent=32, width=128, seed=config.seed),
     )
     return {
-        "retrained (control)": _reward_model(stage, preferences, 50),
-        "RLP-SPG": _reward_model(stage, preferences, 51, synthetic=made.to_preferences()),
-        "RLP-UML": _reward_model(stage, preferences, 52, auxiliary=multi_view),
+        "retrained (control)": _reward_model(stage, preferences, _REFINED),
+        "RLP-SPG": _reward_model(stage, preferences, _REFINED, synthetic=made.to_preferences()),
+        "RLP-UML": _reward_model(stage, preferences, _REFINED, auxiliary=multi_view),
     }
 
 

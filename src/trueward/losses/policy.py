@@ -249,9 +249,9 @@ def masked_whiten(
 ) -> Float[Tensor, "*tokens"]:
     """Values at mean 0 and variance 1 (ddof 0) over the mask, zero outside it.
 
-    With `shift_mean=False` the mean stays where it was, which is how rewards are whitened:
-    moving it would change what the policy is paid for a longer completion. Equal values give
-    exactly zero (or their mean). In several processes, gather before this.
+    With `shift_mean=False` the mean stays where it was, which is how PPO implementations whiten
+    rewards; every token then still gets `mean (1 - 1 / std)` more than plain scaling would give it.
+    Equal values give exactly zero (or their mean). In several processes, gather before this.
     """
     require_same_shape(values=values, mask=mask)
     if not bool(mask.any()):

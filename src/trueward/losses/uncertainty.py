@@ -2,7 +2,8 @@
 
 Per example and per member, `[batch, member]` in and out: a caller whose members see subsets of
 the data multiplies by its mask and reduces. Yan et al. 2024, BRME
-(https://arxiv.org/abs/2409.15360) trains the members with `mse_reparam_loss`.
+(https://arxiv.org/abs/2409.15360) trains the members with an MSE, as secondary sources tell;
+`mse_reparam_loss` on drawn rewards is our reading of it.
 
 Which losses can learn a std. `mse_reparam_loss` and `bt_reparam_loss` grow with the std whatever
 the error, so both drive every std to zero: put a floor under it at the head. `gaussian_nll_loss`
@@ -56,7 +57,7 @@ def gaussian_nll_loss(
     """Negative log-likelihood of the target, `log std + (mean - target)^2 / (2 std^2)`.
 
     Less the constant `log(2 pi) / 2`. Lou et al. 2024, URM (https://arxiv.org/abs/2410.00847)
-    trains on it; Nix and Weigend 1994 introduced it.
+    has it as an option.
 
     Args:
         means: Each member's reward.

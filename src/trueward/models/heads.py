@@ -43,8 +43,8 @@ class ScalarHead(nn.Module):
 class GaussianHeads(nn.Module):
     """K members on one backbone, each a Gaussian over the reward: the heads of BRME.
 
-    `out = W h` viewed as `[..., member, 2]`: a mean and a log std, clamped to [-5, 2].
-    Yan et al. 2024, "Reward-Robust RLHF in LLMs" (https://arxiv.org/abs/2409.15360).
+    `out = W h` viewed as `[..., member, 2]`: a mean and a log std. Yan et al. 2024, "Reward-Robust
+    RLHF in LLMs" (https://arxiv.org/abs/2409.15360); the clamp of the log std to [-5, 2] is ours.
     """
 
     def __init__(self, hidden_size: int, members: int = 5, *, dropout: float = 0.0) -> None:
@@ -56,7 +56,7 @@ class GaussianHeads(nn.Module):
         self.linear = nn.Linear(hidden_size, 2 * members, dtype=torch.float32)
         nn.init.normal_(self.linear.weight, std=1 / math.sqrt(hidden_size + 1))
         nn.init.zeros_(self.linear.bias)
-        with torch.no_grad():  # every std starts at 1, whatever the state
+        with torch.no_grad():  # stds start near 1
             self.linear.weight.view(members, 2, hidden_size)[:, 1] *= 0.1
 
     def forward(self, hidden: Float[Tensor, "... hidden"]) -> HeadOutput:

@@ -231,7 +231,10 @@ def token_logprobs(
 
 
 class ValueModel(nn.Module):
-    """The critic: a backbone and a scalar head read at the state before each completion token."""
+    """The critic: a backbone and a scalar head read at the state before each completion token.
+
+    AlpacaFarm zeroes the head; here a scalar reward model's is kept, on the rewards' scale.
+    """
 
     def __init__(self, backbone: PreTrainedModel, head: ScalarHead) -> None:
         super().__init__()

@@ -214,7 +214,8 @@ class RewardModel(nn.Module):
         """Return the posterior of each (prompt, completion), on the CPU, in the order given.
 
         Completions of one prompt share its computation; batches are made by length, and a score
-        does not depend on its batch.
+        does not depend on its batch. A completion is read as finished: it gets its EOS, also where
+        a sampler cut it off (see `PolicyConfig.missing_eos_penalty`).
 
         Args:
             prompts: One for each completion: strings or lists of messages.

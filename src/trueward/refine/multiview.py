@@ -57,7 +57,7 @@ def multi_view_loss(
 
     Lang et al. 2024, section 4.2 (https://arxiv.org/abs/2403.19279), where `skl_coef` is 1. The
     critic is trained by the same loss: lower loss is a tighter estimate. Negatives are the first
-    views of the next prompt in the batch, so each row must belong to a prompt of its own.
+    views of the previous prompt in the batch, so each row must belong to a prompt of its own.
 
     Args:
         mean_1: Mean of the first view's Gaussian.
@@ -171,7 +171,7 @@ class MultiView(nn.Module):
     optimiser: they are the encoder's and the critic's, and of no use afterwards. What a step draws
     hangs on the config's seed and the step's number alone, so there is nothing to save but the
     weights, and a resumed run draws as an unbroken one. In several processes every one draws the
-    same batch, so averaged gradients are those of a single process.
+    same batch, so their mean gradient is that of a single process.
 
     Args:
         hidden_size: Width of the reward model's state.

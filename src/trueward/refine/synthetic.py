@@ -123,6 +123,7 @@ def select_pair(
     *,
     gamma: float,
     generator: torch.Generator,
+    samples: int | None = None,
 ) -> tuple[int, int] | Skipped:
     """Return the indices (chosen, rejected) of one prompt's pair, or why there is none.
 
@@ -134,10 +135,11 @@ def select_pair(
 
     Args:
         completions: The prompt's samples. One whose text is the chosen one's is never rejected.
-        rewards: Of each, finite, from the first reward model.
+        rewards: Of each, finite, from the current reward model (in the paper, the first).
         cluster_ids: Of each, such as `cluster` returns.
         gamma: Smallest confidence, inclusive. 0 accepts all (the paper's Select-All).
         generator: Draws the rejected side.
+        samples: n, where samples were left out of the lists; they count against the confidence.
     """
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma is a confidence in [0, 1], got {gamma}.")
@@ -157,7 +159,7 @@ def select_pair(
     # max takes the first of equals, here and below: the earlier cluster, the earlier sample.
     largest = max(clusters.values(), key=lambda g: (len(g), max(rewards[i] for i in g)))
     # The tolerance is for gamma * n: 0.28 * 25 is 7.000000000000001.
-    if len(largest) < gamma * len(completions) - 1e-9:
+    if len(largest) < gamma * (samples or len(completions)) - 1e-9:
         return Skipped.LOW_CONFIDENCE
     chosen = max(largest, key=lambda i: rewards[i])
     inside = set(largest)
@@ -186,7 +188,7 @@ def synthetic_preferences(
     Args:
         prompts: Unlabelled prompts: strings or messages.
         completions: n samples of each from the policy, as text.
-        rewards: Of each sample, from the first reward model. A completion that is blank, or whose
+        rewards: Of each sample, from the current reward model. A completion that is blank, or whose
             reward is not finite, is left out before clustering, and counted.
         equivalent: Which samples say the same; see `trueward.refine.equivalence`.
         gamma: Smallest confidence, inclusive. 0 accepts all: the paper's Select-All.
@@ -200,7 +202,12 @@ def synthetic_preferences(
     outcomes: list[SyntheticPreference | Skipped] = []
     for prompt, own, ids in zip(prompts, samples, clusters, strict=True):
         pair = select_pair(
-            own.completions, own.rewards, ids, gamma=gamma, generator=_generator(seed, prompt)
+            own.completions,
+            own.rewards,
+            ids,
+            gamma=gamma,
+            generator=_generator(seed, prompt),
+            samples=len(own.completions) + own.left_out,
         )
         outcomes.append(
             pair if isinstance(pair, Skipped) else _preference(prompt, own, pair, cluster_ids=ids)

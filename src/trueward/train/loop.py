@@ -45,7 +45,7 @@ class LoopConfig:
     weight_decay: float = 0.0
     warmup_ratio: float = 0.03  # share of the steps in which the rate rises linearly
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
-    max_grad_norm: float = 1.0  # 0 = no clipping
+    max_grad_norm: float = 1.0  # of each module (policy, critic, ...); 0 = no clipping
     adam_eps: float = 1e-8
     seed: int = 42
     bf16: bool = False  # autocast; heads and losses stay in float32

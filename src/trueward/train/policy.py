@@ -1,7 +1,9 @@
 """Policy optimisation: PPO with a critic, RLOO and GRPO in one visible loop.
 
 Each step draws completions, scores them, pays `score - kl_coef * (log pi - log ref)` (k1, detached,
-unclamped, spread over the tokens), makes advantages and takes clipped policy-gradient steps.
+unclamped; PPO spreads it over the tokens, RLOO and GRPO take its sum from the score), makes
+advantages and takes clipped policy-gradient steps. All three average the loss over the tokens of a
+minibatch; GRPO as published averages within each completion first and has k3 in the loss.
 """
 
 import contextlib
@@ -48,8 +50,8 @@ class PolicyConfig(LoopConfig):
     steps: int = 100  # rounds of sampling and learning
     prompts_per_step: int = 32
     completions_per_prompt: int = 4  # rloo and grpo need at least 2
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  # of the samples; log-probabilities and KL are taken at it too
+    top_p: float = 1.0  # below 1 the samples leave the distribution whose ratio is taken: biased
     max_new_tokens: int = 256
     kl_coef: float = 0.02  # price of a nat of k1, in units of the reward
     inner_epochs: int = 1  # passes over a step's completions
@@ -80,6 +82,11 @@ class PolicyConfig(LoopConfig):
             raise ValueError(
                 f"minibatches ({self.minibatches}) cannot exceed prompts_per_step "
                 f"({self.prompts_per_step}): a prompt's completions stay together."
+            )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}: a greedy policy explores "
+                "nothing, and its log-probabilities are not those of its samples."
             )
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
@@ -211,7 +218,7 @@ def _learn(
             for batch, where in _batches(policy, rollouts.samples, loop.share(rows), config):
                 old = _rows(rollouts.logprobs, where, batch)
                 with loop.accelerator.autocast():
-                    logprobs = policy(batch, temperature=_temperature(config)).logprobs
+                    logprobs = policy(batch, temperature=config.temperature).logprobs
                 losses = ppo_clip_loss(
                     logprobs, old, _rows(advantages, where, batch), clip_range=config.clip_range
                 )
@@ -264,10 +271,9 @@ def observe(
     mask = torch.zeros(len(samples), width, dtype=torch.bool)
     for batch, where in _batches(policy, samples, list(range(len(samples))), config):
         some = batch.mask.shape[1]
-        temperature = _temperature(config)
-        logprobs[where, :some] = policy(batch, temperature=temperature).logprobs.cpu()
+        logprobs[where, :some] = policy(batch, temperature=config.temperature).logprobs.cpu()
         with policy.adapter_off() if ref is None else contextlib.nullcontext(ref) as reference:
-            scored = reference(batch, temperature=temperature)
+            scored = reference(batch, temperature=config.temperature)
             ref_logprobs[where, :some] = scored.logprobs.cpu()
         if critic is not None:
             values[where, :some] = critic(batch).cpu()
@@ -402,10 +408,6 @@ def _as_completion(prompt: Prompt, drawn: Sample) -> str | list[dict[str, str]]:
     if isinstance(prompt, str):
         return drawn.text
     return [{"role": "assistant", "content": drawn.text}]
-
-
-def _temperature(config: PolicyConfig) -> float:
-    return config.temperature or 1.0
 
 
 def _critic(reward: Reward, policy: Policy) -> ValueModel:

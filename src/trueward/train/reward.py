@@ -34,6 +34,7 @@ class RewardConfig(LoopConfig):
     centring: float = 0.01  # coefficient of (r_chosen + r_rejected)^2; removes a free constant
     label_smoothing: float = 0.0  # in [0, 0.5)
     gaussian_loss: Literal["bt_marginal", "bt_reparam"] = "bt_marginal"  # for Gaussian heads
+    auxiliary_learning_rate_scale: float = 10.0  # of an auxiliary module's own parameters
     subset: float = 0.8  # share of the pairs that each Gaussian member sees; 1 = all
 
     def __post_init__(self) -> None:
@@ -92,7 +93,7 @@ def train_reward(
         raise ValueError("label_smoothing is for a scalar head: Gaussian heads have stds instead.")
     pairs = encode_pairs(reward_model, preferences, config.max_length, report)
     seen = member_subsets(
-        len(pairs), reward_model.members, share=config.subset, seed=config.seed
+        [p.group for p in pairs], reward_model.members, share=config.subset, seed=config.seed
     )  # [pair, member]
     batch_size = min(config.batch_size, len(pairs))
     per_epoch = math.ceil(len(pairs) / batch_size)  # the last batch of an epoch may be short
@@ -100,7 +101,14 @@ def train_reward(
     modules: dict[str, nn.Module] = {"reward_model": reward_model}
     if auxiliary is not None:
         modules["auxiliary"] = auxiliary
-    loop = Loop(config, total_steps=total, modules=modules, stage="reward", output_dir=output_dir)
+    loop = Loop(
+        config,
+        total_steps=total,
+        modules=modules,
+        stage="reward",
+        output_dir=output_dir,
+        learning_rate_scales={"auxiliary": config.auxiliary_learning_rate_scale},
+    )
     share_prefix = can_share_prefixes(reward_model.backbone)
     reward_model.train()
     for step in loop.steps():
@@ -192,19 +200,20 @@ GAUSSIAN_LOSSES = {"bt_marginal": bt_marginal_loss, "bt_reparam": bt_reparam_los
 
 
 def member_subsets(
-    pairs: int, members: int, *, share: float, seed: int
+    pairs: Sequence[Group], members: int, *, share: float, seed: int
 ) -> Bool[Tensor, "pair member"]:
-    """Return which pairs each member sees: fixed over epochs, a function of seed and pair.
+    """Return which pairs each member sees: a function of seed and pair, wherever the pair stands.
 
     A scalar model (one member) sees all. Every pair is seen by someone.
     """
     if members == 1 or share == 1:
-        return torch.ones(pairs, members, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(seed_of(seed, "subsets"))
-    seen = torch.rand(pairs, members, generator=generator) < share
-    orphans = ~seen.any(1)
-    seen[orphans] = True
-    return seen
+        return torch.ones(len(pairs), members, dtype=torch.bool)
+    rows = []
+    for pair in pairs:
+        key = seed_of(seed, "subsets", list(pair.prompt_ids), list(map(list, pair.completions)))
+        draws = torch.rand(members, generator=torch.Generator().manual_seed(key))
+        rows.append(draws <= draws.min().clamp_min(share))  # whoever drew lowest always sees it
+    return torch.stack(rows)
 
 
 def encode_pairs(
