@@ -35,10 +35,16 @@ from trueward.models.policy import Policy
 from trueward.models.reward_function import Reward
 from trueward.models.reward_model import RewardModel
 from trueward.models.scratch import ModelSource, load_policy
-from trueward.pipeline import ObjectiveConfig, RLPConfig, SPGConfig, evaluate_on, run_rlp
+from trueward.pipeline import (
+    ObjectiveConfig,
+    RLPConfig,
+    SPGConfig,
+    evaluate_on,
+    run_rlp,
+    write_synthetic,
+)
 from trueward.posterior import RewardPosterior
 from trueward.refine.multiview import MultiView, MultiViewConfig
-from trueward.refine.synthetic import synthetic_preferences
 from trueward.report.run import report_run
 from trueward.sampling import SamplingConfig, fitting_prompts, read_samples, sample_to_file
 from trueward.train.policy import PolicyConfig, train_policy
@@ -285,23 +291,16 @@ def refine(config: RefineCommand) -> None:
         width = model.backbone.config.get_text_config().hidden_size
         auxiliary = MultiView(width, drawn, config.uml)
     else:
-        posterior = current.score(
-            [p for p, texts in drawn for _ in texts], [t for _, texts in drawn for t in texts]
-        )
         needs_states = config.spg.equivalence == "policy_states"
-        embedder = Policy.from_pretrained(config.backbone) if needs_states else None
-        made = synthetic_preferences(
-            [p for p, _ in drawn],
-            [texts for _, texts in drawn],
-            config.objective.build()(posterior).view(len(drawn), -1),
-            equivalent=config.spg.build(
-                embedder, [t for _, t in drawn], cache=out / "nli_cache.jsonl"
-            ),
-            gamma=config.spg.gamma,
+        made = write_synthetic(
+            config.spg,
+            config.objective,
+            current,
+            Policy.from_pretrained(config.backbone) if needs_states else None,
+            drawn,
+            out,
             seed=config.train.seed,
         )
-        out.mkdir(parents=True, exist_ok=True)
-        write_jsonl(out / "preferences.jsonl", made.to_rows())
         console.print(_numbers(dataclasses.asdict(made.report)), highlight=False)
         rows += made.to_preferences()
     train_reward(

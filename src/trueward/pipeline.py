@@ -58,7 +58,7 @@ from trueward.refine.equivalence import (
     unrelated_threshold,
 )
 from trueward.refine.multiview import MultiView, MultiViewConfig
-from trueward.refine.synthetic import synthetic_preferences
+from trueward.refine.synthetic import SyntheticResult, synthetic_preferences
 from trueward.sampling import SamplingConfig, fitting_prompts, read_samples, sample_to_file
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig, train_reward
@@ -508,21 +508,9 @@ def _refine(
     pairs = out.with_name(out.name.replace("05_reward", "05_preferences"))
     if finished_summary(pairs) is None:
         folder = RunFolder(pairs, command="spg", config=config.spg)
-        prompts = [p for p, _ in drawn]
-        texts = [t for _, t in drawn]
-        posterior = scorer.score(
-            [p for p, ts in drawn for _ in ts], [t for ts in texts for t in ts], normalise=True
+        made = write_synthetic(
+            config.spg, config.objective, scorer, sft, drawn, pairs, seed=config.seed
         )
-        rewards = config.objective.build()(posterior).view(len(drawn), -1)
-        made = synthetic_preferences(
-            prompts,
-            texts,
-            rewards,
-            equivalent=config.spg.build(sft, texts, cache=pairs / "nli_cache.jsonl"),
-            gamma=config.spg.gamma,
-            seed=config.seed,
-        )
-        write_jsonl(pairs / "preferences.jsonl", made.to_rows())
         report = dataclasses.asdict(made.report)
         report["cluster_counts"] = {str(k): v for k, v in report["cluster_counts"].items()}
         folder.finish(report, seed=config.seed)
@@ -533,6 +521,47 @@ def _refine(
         logger.warning("SPG accepted no prompt: the reward model is retrained on D alone.")
     pooled = [*inputs.preferences, *synthetic]  # plain pooling, no weights (Eq. 1)
     return _reward(config, sft, pooled, inputs, out, seed=config.seed, start=start)
+
+
+def write_synthetic(
+    spg: SPGConfig,
+    objective: ObjectiveConfig,
+    scorer: RewardModel,
+    embedder: Policy | None,
+    drawn: Sequence[tuple[Prompt, list[str]]],
+    folder: Path,
+    *,
+    seed: int,
+) -> SyntheticResult:
+    """Make synthetic preferences of the policy's samples and write them as `preferences.jsonl`.
+
+    Args:
+        spg: Rules and equivalence.
+        objective: Turns the scorer's posterior into the reward that ranks.
+        scorer: The current reward model.
+        embedder: Whose states embed the texts, for `policy_states`.
+        drawn: Prompts with n completions each.
+        folder: Where the preferences go (and the labels of an NLI model, which are kept).
+        seed: Of the rejected sides.
+    """
+    prompts = [prompt for prompt, _ in drawn]
+    completions = [texts for _, texts in drawn]
+    posterior = scorer.score(
+        [p for p, texts in drawn for _ in texts],
+        [t for texts in completions for t in texts],
+        normalise=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    made = synthetic_preferences(
+        prompts,
+        completions,
+        objective.build()(posterior).view(len(drawn), -1),
+        equivalent=spg.build(embedder, completions, cache=folder / "nli_cache.jsonl"),
+        gamma=spg.gamma,
+        seed=seed,
+    )
+    write_jsonl(folder / "preferences.jsonl", made.to_rows())
+    return made
 
 
 def evaluate_on(model: RewardModel, sources: dict[str, list[PreferenceRow]]) -> dict[str, float]:
