@@ -60,7 +60,7 @@ class Sample:
     prompt_index: int
     prompt_ids: list[int]
     completion_ids: list[int]  # ends with EOS where `finished`
-    logprobs: list[float] = field(repr=False)  # under the sampling temperature, before top-p
+    logprobs: list[float] = field(repr=False)  # at the temperature, before top-p (vLLM: its own)
     text: str
     finished: bool  # False: cut off at max_new_tokens
 

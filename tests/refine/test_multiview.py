@@ -442,3 +442,27 @@ def test_a_reward_model_without_a_head_of_ours_is_refused() -> None:
     model.head = None
     with pytest.raises(ValueError, match=r"make one with RewardModel\.from_backbone"):
         MultiView(HIDDEN, samples(), SMALL)(model, 0)
+
+
+def test_with_weight_zero_the_reward_model_is_the_one_of_plain_training():
+    from trueward.data.formats import PreferenceRow
+    from trueward.testing import tiny_preferences
+    from trueward.train.reward import RewardConfig, train_reward
+
+    tokenizer = tiny_tokenizer()
+    rows = [PreferenceRow(*row) for row in tiny_preferences(24)]
+    samples = [(p, [c, r]) for p, c, r in tiny_preferences(6, seed=3)]
+
+    def trained(multi_view: MultiView | None) -> list[torch.Tensor]:
+        backbone = tiny_backbone(vocab_size=len(tokenizer))
+        model = RewardModel.from_backbone(backbone, tokenizer)
+        config = RewardConfig(learning_rate=1e-3, batch_size=8, epochs=1.0, progress=False)
+        train_reward(model, rows, config, auxiliary=multi_view)
+        return [p.detach() for p in model.parameters()]
+
+    plain = trained(None)
+    settings = {"latent": 4, "width": 8, "prompts_per_batch": 3}
+    without = trained(MultiView(32, samples, MultiViewConfig(weight=0.0, **settings)))
+    with_it = trained(MultiView(32, samples, MultiViewConfig(weight=0.5, **settings)))
+    assert all(torch.equal(a, b) for a, b in zip(plain, without, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(plain, with_it, strict=True))

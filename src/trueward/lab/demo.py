@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,8 @@ from trueward.train.run_folder import RunFolder, write_text
 from trueward.train.sft import SFTConfig, train_sft
 
 logger = logging.getLogger(__name__)
-console = Console(stderr=True)
+# A file or pipe has no width of its own: leave the tables theirs.
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
 _REFINED = 50  # the "member" whose seed control, SPG and UML share: they differ in method alone
 _MAX_WORDS = 40  # of an answer; those of the demonstrations end by 30
 Objective = Callable[[RewardPosterior], Tensor]
