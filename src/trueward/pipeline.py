@@ -377,13 +377,15 @@ def _sft(config: RLPConfig, inputs: _Inputs, out: Path) -> Policy:
     if finished_summary(out) is None:
         texts = (text_of(t) for row in inputs.demonstrations for t in (row.prompt, row.completion))
         policy = load_policy(config.model, texts, seed=config.seed)
+        report = LoadReport("demonstrations", read=len(inputs.demonstrations))
         train_sft(
             policy,
             inputs.demonstrations,
             dataclasses.replace(config.sft, seed=config.seed),
             output_dir=out,
-            report=inputs.reports[0],
+            report=report,
         )
+        write_text(out / "data.txt", report.summary(limit=20) + "\n")
     return Policy.from_pretrained(out / "model", lora_rank=config.model.lora_rank)
 
 
@@ -409,16 +411,18 @@ def _reward(
         held_out = inputs.evaluation
         source = config.data.gold_preferences if out.name == "02_gold" else config.data.preferences
         model.facts = {"training data": source, "stage": out.name}
+        report = LoadReport("preference pairs", read=len(preferences))
         train_reward(
             model,
             preferences,
             dataclasses.replace(config.reward, seed=seed),
             output_dir=out,
-            report=inputs.reports[1],
+            report=report,
             auxiliary=auxiliary,
             evaluation=lambda m: evaluate_on(m, held_out),
             reference=_reference(config, sft, inputs, out.parent),
         )
+        write_text(out / "data.txt", report.summary(limit=20) + "\n")
     return RewardModel.from_pretrained(out / "model")
 
 
