@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import trueward.options as options
 import trueward.pipeline as pipeline
 from trueward import objectives
 from trueward.lab.grammar import GrammarWorld
 from trueward.models.scratch import ModelSource
-from trueward.pipeline import ObjectiveConfig, RLPConfig, RLPData, SPGConfig, run_rlp
+from trueward.options import ObjectiveConfig, SPGConfig
+from trueward.pipeline import RLPConfig, RLPData, run_rlp
 from trueward.posterior import RewardPosterior
 from trueward.refine.multiview import MultiViewConfig
 from trueward.sampling import SamplingConfig
@@ -160,7 +162,7 @@ def test_the_embedding_is_calibrated_on_one_whole_completion_of_each_prompt(
         seen.append(texts)
         return torch.eye(8)[: len(texts)]
 
-    monkeypatch.setattr(pipeline, "sentence_transformer", lambda name: embed)
+    monkeypatch.setattr(options, "sentence_transformer", lambda name: embed)
     SPGConfig(equivalence="embedding").build(None, [["a cat", "a dog"], ["a bird"], []])
     assert seen == [["a cat", "a bird"]]
 

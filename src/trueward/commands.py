@@ -35,14 +35,8 @@ from trueward.models.policy import Policy
 from trueward.models.reward_function import Reward
 from trueward.models.reward_model import RewardModel
 from trueward.models.scratch import ModelSource, load_policy
-from trueward.pipeline import (
-    ObjectiveConfig,
-    RLPConfig,
-    SPGConfig,
-    evaluate_on,
-    run_rlp,
-    write_synthetic,
-)
+from trueward.options import ObjectiveConfig, SPGConfig
+from trueward.pipeline import RLPConfig, evaluate_on, run_rlp, write_synthetic
 from trueward.posterior import RewardPosterior
 from trueward.refine.multiview import MultiView, MultiViewConfig
 from trueward.report.run import report_run

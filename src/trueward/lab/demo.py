@@ -230,7 +230,7 @@ def _optimise(
         policy,
         early[0] if early else policy,
         [
-            {"step": s["step"], "kl": s["kl/k1"], "gold": g, "proxy": s["reward"]}
+            {"step": float(s["step"]), "kl": s["kl/k1"], "gold": g, "proxy": s["reward"]}
             for s, g in zip(steps, gold, strict=True)
         ],
     )

@@ -109,37 +109,12 @@ def train_reward(
         output_dir=output_dir,
         learning_rate_scales={"auxiliary": config.auxiliary_learning_rate_scale},
     )
-    share_prefix = can_share_prefixes(reward_model.backbone)
     reward_model.train()
     for step in loop.steps():
         epoch, at = divmod(step - 1, per_epoch)
         order = permutation(len(pairs), config.seed, "reward", epoch)
         batch = order[at * batch_size : (at + 1) * batch_size]
-        weight = seen[batch].sum().clamp_min(1).item()
-        mine = loop.share(batch)
-        groups = [pairs[i].group for i in mine]
-        loss, margins, rewards = 0.0, [], []
-        for some in token_budget_batches(
-            groups, max_tokens=config.max_batch_tokens, shared_prefix=share_prefix
-        ):
-            packed = make_batch(
-                reward_model.backbone,
-                [groups[i] for i in some],
-                pad_id=reward_model.tokenizer.pad_token_id,
-            )
-            with loop.accelerator.autocast():
-                posterior = reward_model(packed)
-            where = torch.tensor([mine[i] for i in some])
-            pair_margins = torch.tensor([pairs[i].margin for i in where.tolist()])
-            losses = pair_losses(
-                posterior, pair_margins.to(reward_model.device), config
-            )  # [pair, member]
-            part = (losses * seen[where].to(losses.device)).sum() / weight
-            loop.backward(part)
-            loss += part.item()
-            means = posterior.means.detach().mean(1)
-            margins += (means[0::2] - means[1::2]).tolist()
-            rewards += means.tolist()
+        loss, margins, rewards = _accumulate(reward_model, pairs, batch, seen, loop, config)
         metrics: dict[str, float] = {}
         if auxiliary is not None:
             extra, metrics = auxiliary(reward_model, step)
@@ -148,17 +123,7 @@ def train_reward(
         norm = loop.update()
         loss = sum(loop.gather([loss]))
         margins, rewards = loop.gather(margins), loop.gather(rewards)
-        accuracy = sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)
-        metrics |= {
-            "loss": loss,
-            "accuracy": accuracy,
-            "margin": sum(margins) / len(margins),
-            "mean_reward": sum(rewards) / len(rewards),
-            "min_reward": min(rewards),
-            "max_reward": max(rewards),
-            "grad_norm": norm,
-            "epoch": epoch + 1,
-        }
+        metrics |= batch_metrics(loss, margins, rewards) | {"grad_norm": norm, "epoch": epoch + 1}
         loop.log(metrics, show=["loss", "accuracy"])
     reward_model.eval()
     prompts, completions = reference or _own_completions(preferences)
@@ -175,6 +140,56 @@ def train_reward(
     }
     loop.finish(summary, reward_model.save_pretrained)
     return reward_model
+
+
+def _accumulate(
+    reward_model: RewardModel,
+    pairs: Sequence[Pair],
+    batch: Sequence[int],
+    seen: Bool[Tensor, "pair member"],
+    loop: Loop,
+    config: RewardConfig,
+) -> tuple[float, list[float], list[float]]:
+    """Add this process's part of a batch to the gradient; return its loss, margins and rewards."""
+    weight = seen[list(batch)].sum().clamp_min(1).item()
+    mine = loop.share(batch)
+    groups = [pairs[i].group for i in mine]
+    share_prefix = can_share_prefixes(reward_model.backbone)
+    loss = 0.0
+    margins: list[float] = []
+    rewards: list[float] = []
+    for some in token_budget_batches(
+        groups, max_tokens=config.max_batch_tokens, shared_prefix=share_prefix
+    ):
+        packed = make_batch(
+            reward_model.backbone,
+            [groups[i] for i in some],
+            pad_id=reward_model.tokenizer.pad_token_id,
+        )
+        with loop.accelerator.autocast():
+            posterior = reward_model(packed)
+        where = [mine[i] for i in some]
+        wanted = torch.tensor([pairs[i].margin for i in where], device=reward_model.device)
+        losses = pair_losses(posterior, wanted, config)  # [pair, member]
+        part = (losses * seen[where].to(losses.device)).sum() / weight
+        loop.backward(part)
+        loss += part.item()
+        means = posterior.means.detach().mean(1)
+        margins += (means[0::2] - means[1::2]).tolist()
+        rewards += means.tolist()
+    return loss, margins, rewards
+
+
+def batch_metrics(loss: float, margins: list[float], rewards: list[float]) -> dict[str, float]:
+    """Return a batch's numbers under TRL's names; ties count half."""
+    return {
+        "loss": loss,
+        "accuracy": sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins),
+        "margin": sum(margins) / len(margins),
+        "mean_reward": sum(rewards) / len(rewards),
+        "min_reward": min(rewards),
+        "max_reward": max(rewards),
+    }
 
 
 def pair_losses(posterior: RewardPosterior, margins: Tensor, config: RewardConfig) -> Tensor:
