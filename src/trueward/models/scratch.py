@@ -33,7 +33,7 @@ class ModelSource:
     layers: int = 4
     heads: int = 4
     max_positions: int = 1024  # tokens
-    lora_rank: int = 0  # 0 = train all weights
+    lora_rank: int = 0  # 0 = train all weights; a new model is trained whole before it gets any
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads:
