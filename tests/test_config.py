@@ -106,3 +106,43 @@ def test_the_recipe_parses(setting: list[str]):
     found = parse(RLPConfig, ["--config", str(recipe), *setting], command="rlp")
     assert found.methods == ["control", "spg", "uml"]
     assert found.samples.n == 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    name: str = ""
+    size: int = 1
+    inner: Inner = field(default_factory=Inner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    count: int = 2
+    parts: dict[str, Part] = field(default_factory=dict)
+
+
+def test_named_parts_come_from_yaml_and_the_command_line_wins(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text("parts:\n  plain:\n  big: {size: 5, inner: {rate: 0.5}}\n")
+    found = parse(Whole, ["--config", str(file), "--parts.plain.size", "7"], command="x")
+    assert found.parts == {"plain": Part(size=7), "big": Part(size=5, inner=Inner(rate=0.5))}
+    assert list(found.parts) == ["plain", "big"]
+    assert parse(Whole, ["--parts.new.size", "3"], command="x").parts == {"new": Part(size=3)}
+    assert parse(Whole, [], command="x") == Whole()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("parts:\n  a: {sise: 1}\n", "c.yaml:2: unknown key 'parts.a.sise'; the nearest known"),
+        ("parts:\n  a: {size: much}\n", "c.yaml:2: 'parts.a.size' must be a whole number"),
+        ("parts: 3\n", "c.yaml:1: 'parts' must hold `name: options` lines"),
+        ("parts:\n  a.b: {size: 1}\n", "c.yaml:2: 'a.b' under 'parts' must be a name"),
+    ],
+)
+def test_a_mistake_in_a_named_part_names_file_and_line(tmp_path: Path, text: str, message: str):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(DataError) as error:
+        parse(Whole, ["--config", str(file)], command="x")
+    assert message in str(error.value)

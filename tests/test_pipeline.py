@@ -12,6 +12,7 @@ import trueward.options as options
 import trueward.pipeline as pipeline
 from trueward import objectives
 from trueward.lab.grammar import GrammarWorld
+from trueward.lab.worlds import Annotator
 from trueward.models.scratch import ModelSource
 from trueward.options import ObjectiveConfig, SPGConfig
 from trueward.pipeline import RLPConfig, RLPData, run_rlp
@@ -22,7 +23,7 @@ from trueward.train.policy import PolicyConfig
 from trueward.train.reward import RewardConfig
 from trueward.train.sft import SFTConfig
 
-WORLD = GrammarWorld(label_noise=0.0)
+WORLD = GrammarWorld(annotator=Annotator(label_noise=0.0))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ COMMANDS = {
     "refine": "retrain a reward model on policy samples: spg or uml",
     "rlp": "the whole pipeline, resumable, for as many rounds as asked",
     "evaluate": "a reward model on preferences, or completions by win rate",
+    "compare": "methods x seeds in a world with a known gold reward: curves, tables, a page",
     "report": "the HTML report of a run",
 }
 

@@ -30,6 +30,7 @@ from trueward.evaluate.judges import ChatJudge, Judge, reward_judge
 from trueward.evaluate.overoptimization import best_of_n_curve, best_of_n_kl
 from trueward.evaluate.preferences import evaluate_preferences
 from trueward.evaluate.winrate import win_rate
+from trueward.lab.compare import CompareConfig, run_compare
 from trueward.lab.demo import DemoConfig, run_demo
 from trueward.models.policy import Policy
 from trueward.models.reward_function import Reward
@@ -428,6 +429,7 @@ RUNS: dict[str, tuple[type, Callable[..., object]]] = {
     "refine": (RefineCommand, refine),
     "rlp": (RLPConfig, rlp),
     "evaluate": (EvaluateCommand, evaluate),
+    "compare": (CompareConfig, run_compare),
     "report": (ReportCommand, report),
 }
 

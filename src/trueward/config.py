@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,19 +34,46 @@ def parse(config_class: type[T], arguments: Sequence[str], *, command: str) -> T
     from_yaml = [
         a for file in files for a in yaml_arguments(config_class, Path(file), settings=settings)
     ]
+    given = [*from_yaml, *rest]
+    named = _named_parts(config_class, given)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(
                 config_class,
                 prog=f"trueward {command}",
-                args=[*from_yaml, *rest],
+                args=given,
                 config=(tyro.conf.FlagConversionOff,),
+                default=config_class(**named) if named else tyro.MISSING_NONPROP,
             )
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
         raise DataError(f"{_sentence(printed.getvalue())} (trueward {command} --help)") from stop
+
+
+def _named_parts(config_class: type, arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return, for each field that is a dict of dataclasses, the parts that arguments name.
+
+    The argument parser knows the options of such parts only once they stand in the default.
+    """
+    found = {}
+    for name, wanted in get_type_hints(config_class).items():
+        part = _part_class(wanted)
+        if part is None:
+            continue
+        prefix = f"--{name}."
+        keys = [a[len(prefix) :].split(".")[0] for a in arguments if a.startswith(prefix)]
+        found[name] = {key: part() for key in dict.fromkeys(keys)}
+    return found
+
+
+def _part_class(wanted: Any) -> type | None:
+    """Return D of `dict[str, D]` where D is a dataclass."""
+    if get_origin(wanted) is not dict:
+        return None
+    part = get_args(wanted)[1]
+    return part if dataclasses.is_dataclass(part) and isinstance(part, type) else None
 
 
 def _sentence(box: str) -> str:
@@ -127,13 +155,36 @@ def _arguments(config_class: type, node: yaml.Node, path: Path, *, prefix: str) 
                 f"'{prefix}{near[0]}'."
             )
         wanted = fields[key]
+        part = _part_class(wanted)
         if dataclasses.is_dataclass(wanted):
             yield from _arguments(wanted, value, path, prefix=f"{prefix}{key}.")  # type: ignore[arg-type]
+        elif part is not None:
+            yield from _part_arguments(part, value, path, prefix=f"{prefix}{key}")
         else:
             loaded = _construct(value)
             _require_type(loaded, wanted, line, f"{prefix}{key}")
             yield f"--{prefix}{key}"
             yield from _words(loaded)
+
+
+def _part_arguments(part: type, node: yaml.Node, path: Path, *, prefix: str) -> Iterator[str]:
+    """Return the arguments of a mapping from names to options; `NAME:` alone has the defaults."""
+    if not isinstance(node, yaml.MappingNode):
+        raise DataError(
+            f"{path}:{node.start_mark.line + 1}: '{prefix}' must hold `name: options` lines."
+        )
+    for key_node, value in node.value:
+        name = str(key_node.value)
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise DataError(
+                f"{path}:{key_node.start_mark.line + 1}: '{name}' under '{prefix}' must be a name "
+                "of letters, digits, - and _."
+            )
+        first = dataclasses.fields(part)[0]
+        default = first.default if first.default is not dataclasses.MISSING else ""
+        yield from (f"--{prefix}.{name}.{first.name}", str(default))  # the name itself is said
+        if not (isinstance(value, yaml.ScalarNode) and value.value == ""):
+            yield from _arguments(part, value, path, prefix=f"{prefix}.{name}.")
 
 
 def _construct(node: yaml.Node) -> Any:

@@ -10,6 +10,7 @@ from trueward.data.packing import (
     packed_size,
     pad,
     padded_size,
+    row_tokens,
     shared_prefix_mask,
     token_budget_batches,
 )
@@ -147,3 +148,23 @@ def test_a_group_above_the_budget_travels_alone() -> None:
     groups = [Group([3] * 50, [[4] * 50]), Group([3], [[4]]), Group([3], [[4]])]
     assert list(token_budget_batches(groups, max_tokens=10)) == [[1, 2], [0]]
     assert list(token_budget_batches([], max_tokens=10)) == []
+
+
+@pytest.mark.parametrize(("prompt", "hidden_size"), [(8, 96), (256, 256), (300, 4096)])
+def test_a_row_of_row_tokens_is_the_cheapest_for_a_completion(prompt: int, hidden_size: int):
+    """Operations for each completion, counted for every row length and divided among its k."""
+
+    def cost(row: int, completion: float) -> float:
+        k = (row - prompt) / completion
+        return row * (24 * hidden_size**2 + 4 * hidden_size * row) / k
+
+    best = row_tokens(prompt, hidden_size=hidden_size)
+    for completion in (1.0, 37.5):
+        searched = min(range(prompt + 1, 20 * best), key=lambda row: cost(row, completion))
+        assert abs(searched - best) <= 1
+
+
+def test_groups_ask_the_room_of_each_prompt():
+    prompts, completions = [[1], [1], [2, 2], [2, 2]], [[5], [6], [7], [8]]
+    _, members = group_by_prompt(prompts, completions, max_tokens=lambda size: 1 + 2 * (size == 1))
+    assert members == [[0, 1], [2], [3]]

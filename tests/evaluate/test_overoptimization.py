@@ -13,6 +13,7 @@ from trueward.evaluate.overoptimization import (
     best_of_n_curves_per_prompt,
     best_of_n_kl,
     best_of_n_law,
+    best_of_n_sizes,
     fit_best_of_n_law,
     fit_rl_law,
     overoptimization_summary,
@@ -260,3 +261,9 @@ def test_bad_input_is_named() -> None:
         overoptimization_summary(torch.tensor([math.nan]), torch.zeros(1))
     with pytest.raises(ValueError, match="same length"):
         fit_rl_law(torch.zeros(0), torch.zeros(0))
+
+
+def test_the_sizes_of_a_curve_end_with_all_samples() -> None:
+    assert best_of_n_sizes(2) == [1, 2]
+    assert best_of_n_sizes(11) == [1, 2, 3, 4, 6, 8, 11]
+    assert best_of_n_sizes(16) == [1, 2, 3, 4, 6, 8, 12, 16]

@@ -5,9 +5,18 @@ from dataclasses import replace
 
 import pytest
 
-from trueward.lab.grammar import GrammarWorld, gold_reward, is_sentence, same_content, topic_of
+from trueward.lab.grammar import (
+    WARM,
+    GrammarWorld,
+    gold_reward,
+    is_sentence,
+    same_content,
+    topic_of,
+)
+from trueward.lab.worlds import Annotator
 
 WORLD = GrammarWorld()
+SURE = Annotator(label_noise=0.0)
 PROMPT = "tell me about the old cat :"
 
 
@@ -69,15 +78,52 @@ def test_the_annotator_errs_as_often_as_asked():
     answers = [[WORLD.answer(p, rng) for _ in range(2)] for p in prompts]
     rows = WORLD.comparisons(prompts, answers, seed=3)
     wrong = [gold_reward(r.prompt, r.chosen) < gold_reward(r.prompt, r.rejected) for r in rows]
-    assert sum(wrong) / len(wrong) == pytest.approx(WORLD.label_noise, abs=0.03)
-    sure = replace(WORLD, label_noise=0.0).comparisons(prompts, answers, seed=3)
+    assert sum(wrong) / len(wrong) == pytest.approx(WORLD.annotator.label_noise, abs=0.03)
+    sure = replace(WORLD, annotator=SURE).comparisons(prompts, answers, seed=3)
     assert all(gold_reward(r.prompt, r.chosen) > gold_reward(r.prompt, r.rejected) for r in sure)
 
 
 def test_a_length_bias_makes_the_annotator_prefer_the_longer_answer():
-    biased = replace(WORLD, label_noise=0.0, length_bias=10.0)
+    biased = replace(WORLD, annotator=Annotator(label_noise=0.0, length_bias=10.0))
     rows = biased.comparisons([PROMPT], [["the cat sees the dog .", "dog " * 20]], seed=0)
     assert rows[0].chosen == "dog " * 20
+
+
+def test_misspecification_mixes_gold_with_warmth_without_end():
+    answer = "the kind cat sees the kind dog ."  # gold: 3/4, 2 (1 - 1/9), 1.5, -0.4
+    gold = 0.75 + 16 / 9 + 1.5 - 0.4
+    assert replace(WORLD, misspecification=0.0).utility(PROMPT, answer) == pytest.approx(gold)
+    assert replace(WORLD, misspecification=1.0).utility(PROMPT, answer) == 2
+    half = replace(WORLD, misspecification=0.5)
+    assert half.utility(PROMPT, answer) == pytest.approx(gold / 2 + 1)
+    overdone = "kind " * 20 + "cat ."
+    blind = replace(WORLD, misspecification=1.0, annotator=SURE)
+    assert blind.comparisons([PROMPT], [[answer, overdone]], seed=0)[0].chosen == overdone
+    assert replace(WORLD, annotator=SURE).comparisons([PROMPT], [[answer, overdone]], seed=0)[
+        0
+    ].chosen == (answer)
+
+
+def test_coverage_puts_answers_before_the_annotator_that_no_reference_writes():
+    prompts = WORLD.prompts(400, seed=0)
+    answers = [["the cat sees the dog .", "the cat sees the dog . the"]] * 400
+
+    def warm(coverage: float) -> list[int]:
+        world = replace(WORLD, coverage=coverage)
+        rows = world.comparisons(prompts, answers, seed=0)
+        return [
+            sum(w in WARM for w in side.split()) for r in rows for side in (r.chosen, r.rejected)
+        ]
+
+    assert max(warm(0.0)) == 0
+    half, whole = warm(0.5), warm(1.0)
+    assert max(whole) >= 7  # twice the best number and more: where gold falls
+    assert 0.4 < sum(w > 0 for w in half) / sum(w > 0 for w in whole) < 0.6
+
+
+def test_a_share_outside_0_and_1_is_refused():
+    with pytest.raises(ValueError, match=r"coverage is a share in \[0, 1\], got 2"):
+        GrammarWorld(coverage=2.0)
 
 
 def test_equal_answers_are_no_comparison():

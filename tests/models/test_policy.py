@@ -6,7 +6,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trueward.data import DataError
 from trueward.data.packing import Group, pack, pad
-from trueward.models.policy import Policy, ValueModel, logit_scaling, token_logprobs
+from trueward.lab.grammar import GrammarWorld
+from trueward.models.policy import (
+    Policy,
+    ValueModel,
+    exact_token_kl,
+    logit_scaling,
+    token_logprobs,
+)
 from trueward.models.reward_model import RewardModel
 from trueward.testing import random_groups, tiny_backbone, tiny_config, tiny_language_model
 
@@ -349,3 +356,35 @@ def test_other_critics_start_at_zero(tokenizer: PreTrainedTokenizerFast) -> None
         values.sum().backward()
         assert critic.head.linear.weight.grad.abs().max() > 0
     assert tiny_config().hidden_size == critic.head.linear.in_features
+
+
+def test_exact_token_kl_gives_the_kl_of_completions_in_expectation() -> None:
+    """All completions of two tokens are written down: the sequence KL has nothing to sample."""
+    policy = GrammarWorld().new_policy(seed=0, hidden_size=16, layers=1)  # some 50 words
+    perturb(policy, 0.3)
+    ref = policy.frozen_copy()
+    perturb(policy, 0.3)
+    vocabulary = policy.model.config.vocab_size
+    group = Group([3, 4], [[i, j] for i in range(vocabulary) for j in range(vocabulary)])
+    for temperature in (1.0, 0.7):
+        batch = pad([group], pad_id=0)
+        with torch.no_grad():
+            logps = policy(batch, temperature=temperature).logprobs.double().sum(1)
+            ref_logps = ref(batch, temperature=temperature).logprobs.double().sum(1)
+            kl = exact_token_kl(policy, ref, batch, temperature=temperature).double().sum(1)
+        chances = logps.exp()
+        assert chances.sum().item() == pytest.approx(1.0, abs=1e-5)
+        direct = (chances * (logps - ref_logps)).sum().item()
+        total = (chances * kl).sum().item()
+        assert direct > 0.01
+        assert total == pytest.approx(direct, rel=1e-4)
+        variance = (chances * (kl - total) ** 2).sum().item()
+        assert variance < 0.5 * (chances * (logps - ref_logps - direct) ** 2).sum().item()
+        assert kl.min() >= 0
+
+
+def test_exact_token_kl_of_the_reference_itself_is_zero(tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = policy_of(tokenizer)
+    batch = pad([Group([3, 4], [[5, 6, 7], [8]])], pad_id=0)
+    kl = exact_token_kl(policy, policy.frozen_copy(), batch)
+    assert torch.equal(kl, torch.zeros(2, 3))

@@ -18,9 +18,14 @@ from trueward.report.figures import (
     Curve,
     bar_figure,
     curve_figure,
+    legend_height,
+    matrix_figure,
     overoptimization_figure,
+    peak_and_end_figure,
     reliability_figure,
+    reliability_panels,
     save_figure,
+    settle_layout,
     sqrt_ticks,
     to_svg,
     with_id_prefix,
@@ -200,6 +205,146 @@ def test_the_reliability_axis_begins_at_a_half_where_all_probabilities_do() -> N
     assert reliability_figure(curve).axes[1].get_xlim()[0] == pytest.approx(0.49)
 
 
+def test_peaks_and_points_are_marked_on_demand() -> None:
+    plain = curve_figure([gold()], title="t", x_label="x", y_label="y").axes[0]
+    assert len(plain.lines) == 1
+    marked = curve_figure([gold()], title="t", x_label="x", y_label="y", peaks=True, marked=True)
+    _, peak, dots = marked.axes[0].lines
+    assert (list(peak.get_xdata()), list(peak.get_ydata())) == ([4.0], [2.0])
+    assert (dots.get_marker(), len(dots.get_xdata())) == ("o", 4)
+
+
+def test_a_law_is_dotted_with_a_diamond_at_the_peak_that_it_predicts() -> None:
+    law = Curve(name="law", x=[0.0, 9.0], y=[0.0, 1.6])
+    figure = overoptimization_figure(
+        {"a": (gold(), None), "b": (gold(), None)},
+        title="t",
+        laws={"a": (law, (5.0, 2.1)), "b": (law, None)},
+        panels=True,
+    )
+    first, second = (axes.lines for axes in figure.axes)
+    _, dotted, diamond, dot = first
+    assert (dotted.get_ydata().tolist(), dotted.get_color()) == ([0.0, 1.6], INK)
+    assert dotted.get_linewidth() < first[0].get_linewidth()
+    assert (list(diamond.get_xdata()), list(diamond.get_ydata())) == ([5.0], [2.1])
+    assert (diamond.get_marker(), dot.get_marker()) == ("D", "o")
+    assert len(second) == 3
+    texts = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert texts == ["gold reward", "fitted law", "its peak"]
+
+
+def test_given_ranges_hold_and_the_legend_can_be_left_out() -> None:
+    figure = overoptimization_figure(
+        {"a": (gold(), proxy())},
+        title="t",
+        x_range=(0.0, 16.0),
+        y_range=(-1.0, 3.0),
+        legend=False,
+    )
+    axes = figure.axes[0]
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0.0, 16.0), (-1.0, 3.0))
+    assert max(axes.get_xticks()) == 10.0  # of the range, not of the curves
+    assert not figure.legends
+
+
+def test_peak_and_end_are_rings_and_dots_with_their_drop_beside_them() -> None:
+    figure = peak_and_end_figure(
+        ["falls", "stays"],
+        peaks=[2.0, 1.0],
+        ends=[0.5, 1.0],
+        low=[0.25, math.nan],
+        high=[0.75, math.nan],
+        title="Peaks",
+        x_label="gold",
+        reference=0.0,
+    )
+    axes = figure.axes[0]
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [float(line.get_xdata()[0]) for line in points] == [2.0, 0.5, 1.0, 1.0]
+    assert [line.get_markerfacecolor() == "none" for line in points] == [True, False] * 2
+    drop, interval = (c.get_segments()[0][:, 0].tolist() for c in axes.collections[:2])
+    assert (drop, interval) == ([0.5, 2.0], [0.25, 0.75])
+    assert [t.get_text() for t in axes.texts] == ["\N{MINUS SIGN}1.50", "0", "drop"]
+    assert figure.get_suptitle() == "Peaks"
+    with pytest.raises(ValueError, match="a name for each peak and end, got 1 and 2"):
+        peak_and_end_figure(
+            ["a"], peaks=[1, 1], ends=[1, 1], low=[1, 1], high=[1, 1], title="t", x_label="x"
+        )
+
+
+def test_a_matrix_is_blue_above_the_middle_orange_below_and_never_more_than_half_opaque() -> None:
+    values = [[0.5, 1.0, 0.25], [0.0, 0.5, math.nan], [0.75, math.nan, 0.5]]
+    figure = matrix_figure(["a", "b", "c"], values, title="Wins")
+    axes = figure.axes[0]
+    cells = {(p.get_x() + 0.47, p.get_y() + 0.47): p for p in axes.patches}
+    assert len(cells) == 7
+    shades = {place: round(p.get_alpha(), 6) for place, p in cells.items()}
+    assert shades[1.0, 0.0] == shades[0.0, 1.0] == 0.5
+    assert shades[2.0, 0.0] == shades[0.0, 2.0] == 0.25
+    assert shades[0.0, 0.0] == 0.0
+    svg = to_svg(figure)
+    assert "var(--figure-series-1" in svg
+    assert "var(--figure-series-2" in svg
+    assert {">100<", ">25<", ">0<", ">75<"} <= set(re.findall(r">\d+<", svg))
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["1  a", "2  b", "3  c"]
+    with pytest.raises(ValueError, match="2 rows and columns"):
+        matrix_figure(["a", "b"], [[0.5, 0.5]], title="t")
+
+
+def test_numbers_on_the_strongest_shades_are_legible_in_both_themes() -> None:
+    for series, ink, paper in ((SERIES_LIGHT, INK, "#fdfcf9"), (SERIES_DARK, INK_DARK, "#171614")):
+        for color in series[:2]:
+            mixed = "#" + "".join(
+                f"{(int(color[i : i + 2], 16) + int(paper[i : i + 2], 16)) // 2:02x}"
+                for i in (1, 3, 5)
+            )
+            assert contrast(mixed, ink) >= 4.5
+
+
+def test_reliability_panels_leave_out_empty_bins_and_scale_the_counts() -> None:
+    curve = reliability_curve(
+        torch.tensor([0.1, 0.1, 0.1, 0.9]), torch.tensor([0.0, 1.0, 0.0, 1.0]), bins=5
+    )
+    figure = reliability_panels({"a": curve, "b": curve}, title="All", remarks={"a": "ECE 0.1"})
+    first, second = figure.axes
+    assert first.lines[1].get_ydata() == pytest.approx([1 / 3, 1.0])
+    assert [bar.get_height() for bar in first.patches] == pytest.approx([0.25, 0.25 / 3])
+    assert [t.get_text() for t in first.texts + second.texts] == ["ECE 0.1", ""]
+    assert figure.get_suptitle() == "All"
+    with pytest.raises(ValueError, match="at least one curve"):
+        reliability_panels({})
+
+
+def test_long_names_are_broken_into_two_lines_and_then_cut() -> None:
+    name = "a method with a very long name that goes on and on and costs $5"
+    methods = {key: (gold(), None) for key in (name, "short", "third")}
+    figure = overoptimization_figure(methods, title="t", panels=True)
+    lines = figure.axes[0].get_title(loc="left").split("\n")
+    assert len(lines) == 2
+    assert max(map(len, lines)) <= 27
+    assert lines[1].endswith("\N{HORIZONTAL ELLIPSIS}")
+    both = [Curve(name=n, x=[0, 1], y=[0, 1]) for n in (name, "short")]
+    drawn = curve_figure(both, title="t", x_label="x", y_label="y").legends[0].get_texts()
+    assert " ".join(drawn[0].get_text().split()) == name.replace("$", r"\$")
+    assert "\n" in drawn[0].get_text()
+
+
+def test_a_legends_height_counts_its_rows() -> None:
+    line = legend_height(["a"])
+    assert 0.1 < line < 0.25
+    assert legend_height(["a", "b", "c"]) == line  # beside each other
+    assert legend_height(["x" * 40, "y" * 40]) == pytest.approx(2 * line)
+    assert legend_height([]) == 0.0
+
+
+def test_a_settled_layout_is_kept_by_every_output(tmp_path: Path) -> None:
+    figure = settle_layout(both())
+    place = figure.axes[0].get_position().bounds
+    assert place != both().axes[0].get_position().bounds
+    save_figure(figure, tmp_path / "a")
+    assert figure.axes[0].get_position().bounds == place
+
+
 # --- ticks ---
 
 
@@ -298,6 +443,12 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path: Path) -> None:
     for suffix in (".png", ".pdf"):
         first, second = ((tmp_path / (n + suffix)).read_bytes() for n in ("one", "two"))
         assert first == second
+
+
+def test_a_label_names_a_drawing_without_a_title() -> None:
+    bare = curve_figure([gold()], title="", x_label="x", y_label="y")
+    assert 'aria-label="figure"' in to_svg(bare)
+    assert 'aria-label="a &amp; b"' in to_svg(bare, label="a & b")
 
 
 def test_names_are_escaped_and_letters_outside_the_font_do_no_harm() -> None:

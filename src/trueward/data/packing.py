@@ -12,7 +12,8 @@ row for each completion with right padding, carries the same fields, so that not
 knows which of the two it reads.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -169,12 +170,13 @@ def group_by_prompt(
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     *,
-    max_tokens: int,
+    max_tokens: int | Callable[[int], int],
     max_completions: int | None = None,
 ) -> tuple[list[Group], list[list[int]]]:
     """Collect completions of the same prompt into groups that fit `max_tokens` each.
 
-    `max_completions` bounds the completions of a group too.
+    `max_tokens` may be a function of the prompt's tokens (see `row_tokens`); a single completion
+    always fits. `max_completions` bounds the completions of a group too.
 
     Returns the groups, and for each the indices of its completions in the lists handed in.
     """
@@ -182,15 +184,26 @@ def group_by_prompt(
     members: list[list[int]] = []
     for i, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         key = tuple(prompt)
-        at, used = open_groups.get(key, (-1, max_tokens))
+        room = max_tokens(len(key)) if callable(max_tokens) else max_tokens
+        at, used = open_groups.get(key, (-1, room))
         full = max_completions is not None and at >= 0 and len(members[at]) >= max_completions
-        if at < 0 or full or used + len(completion) > max_tokens:
+        if at < 0 or full or used + len(completion) > room:
             at, used = len(members), len(key)
             members.append([])
         members[at].append(i)
         open_groups[key] = (at, used + len(completion))
     groups = [Group(prompt_ids[m[0]], [completion_ids[i] for i in m]) for m in members]
     return groups, members
+
+
+def row_tokens(prompt_tokens: int, *, hidden_size: int) -> int:
+    """Length of a packed row at which a completion is cheapest.
+
+    A row of the prompt (P tokens) and k completions (C each) costs `(P + kC) (24 h^2 + 4 h (P +
+    kC))` operations a layer: sharing divides the prompt by k, but every token's attention spans the
+    whole row. For each completion that is least at `kC = sqrt(P (6 h + P))`, whatever C is.
+    """
+    return prompt_tokens + round(math.sqrt(prompt_tokens * (6 * hidden_size + prompt_tokens)))
 
 
 def packed_size(group: Group) -> int:

@@ -20,6 +20,13 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def best_of_n_sizes(samples: int) -> list[int]:
+    """Return 1, 2, 3, 4, 6, 8, 12, ... and the number of samples itself: where curves are drawn."""
+    powers = [2**k for k in range(samples.bit_length())]
+    grid = {n for power in powers for n in (power, power * 3 // 2) if n <= samples}
+    return sorted(grid | {samples})
+
+
 def best_of_n_curve(
     proxy: Float[Tensor, "prompt sample"], gold: Float[Tensor, "prompt sample"], ns: Sequence[int]
 ) -> Float[Tensor, " n"]:

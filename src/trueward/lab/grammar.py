@@ -8,9 +8,11 @@ and extrapolates: the over-optimisation of Gao et al. 2022 (https://arxiv.org/ab
 a gold reward that costs nothing to ask.
 """
 
+import dataclasses
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -19,7 +21,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trueward.data.rows import Completion, DemonstrationRow, PreferenceRow, Prompt, text_of
+from trueward.lab.worlds import Annotator, answers_of
 from trueward.models.policy import Policy
+from trueward.refine.equivalence import Equivalence
+from trueward.train.loop import seed_of
+from trueward.train.run_folder import finished_summary
+from trueward.train.sft import SFTConfig, train_sft
 
 TOPICS = ["cat", "dog", "bird", "fish", "horse", "king", "queen", "farmer", "baker", "child"]
 THINGS = ["tree", "river", "house", "garden", "road"]
@@ -37,14 +44,23 @@ _SPECIAL = ["<pad>", "<bos>", "<eos>"]
 class GrammarWorld:
     """Prompts, answers, gold reward and comparisons of the embedded world.
 
-    Dials: how the annotator errs (`label_noise`, `length_bias`), how often the demonstrations are
-    warm or on topic (the coverage of the comparisons).
+    Dials: how the annotator errs, what of it is not what gold wants (`misspecification`), and how
+    much of the answers that a policy may come to write the comparisons know of (`coverage`; also
+    `warmth` and `focus` of the demonstrations).
     """
 
     warmth: float = 0.12  # chance that a noun in a demonstration has a warm word
     focus: float = 0.35  # chance that a subject in a demonstration is the topic
-    label_noise: float = 0.2  # share of comparisons whose label is flipped
-    length_bias: float = 0.0  # added to the annotator's utility for each word
+    coverage: float = 0.0  # share of the comparisons between answers of any warmth and length
+    misspecification: float = 0.0  # share of the annotator's utility: warm words without end
+    annotator: Annotator = field(default_factory=lambda: Annotator(label_noise=0.2))
+    demonstrations_count: int = 3000  # for the reference policy
+    max_new_tokens: int = 40  # of an answer; those of the demonstrations end by 30
+
+    def __post_init__(self) -> None:
+        for name in ("warmth", "focus", "coverage", "misspecification"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
 
     def prompts(self, count: int, *, seed: int) -> list[str]:
         """Return requests about a topic described by up to two adjectives (about 860 differ)."""
@@ -55,6 +71,22 @@ class GrammarWorld:
             words = [rng.choice(REQUESTS), *adjectives, rng.choice(TOPICS), ":"]
             out.append(" ".join(words))
         return out
+
+    def build_shared(self, folder: Path) -> None:
+        """Nothing is common to the seeds: each has a reference policy of its own."""
+
+    def build(self, shared: Path, folder: Path, *, seed: int) -> None:  # noqa: ARG002
+        """Train the reference policy of a seed into `folder/model`."""
+        if finished_summary(folder) is not None:
+            return
+        policy = self.new_policy(seed=seed)
+        rows = self.demonstrations(self.demonstrations_count, seed=seed)
+        config = SFTConfig(learning_rate=3e-3, batch_size=64, epochs=4.0, seed=seed, progress=False)
+        train_sft(policy, rows, config, output_dir=folder)
+
+    def open(self, shared: Path, folder: Path) -> "OpenGrammar":  # noqa: ARG002
+        """Return the world with the reference policy that `build` left."""
+        return OpenGrammar(dials=self, policy=Policy.from_pretrained(folder / "model"))
 
     def answer(self, prompt: str, rng: random.Random) -> str:
         """Return an answer as the demonstrations have it: grammatical, sometimes on topic."""
@@ -96,28 +128,35 @@ class GrammarWorld:
         return torch.tensor(rewards, dtype=torch.float32)
 
     def comparisons(
-        self, prompts: Sequence[str], completions: Sequence[Sequence[str]], *, seed: int
+        self, prompts: Sequence[str], answers: Sequence[Sequence[str]], *, seed: int
     ) -> list[PreferenceRow]:
-        """Let the annotator compare the first two distinct answers to each prompt.
+        """Let the annotator compare two answers to each prompt.
 
-        The annotator prefers the higher gold reward (plus `length_bias` for each word) and errs in
-        `label_noise` of the cases; equal answers are no comparison.
+        In a share `coverage` of the prompts the two answers are replaced by ones of any warmth and
+        length, as no reference policy writes them.
         """
-        rng = random.Random(f"comparisons {seed}")
-        rows = []
-        for i, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
-            distinct = list(dict.fromkeys(answers))[:2]
-            flip = rng.random() < self.label_noise
-            if len(distinct) < 2:
-                continue
-            first, second = (
-                gold_reward(prompt, a) + self.length_bias * len(a.split()) for a in distinct
-            )
-            if first == second:
-                continue
-            chosen, rejected = distinct if (first > second) != flip else distinct[::-1]
-            rows.append(PreferenceRow(prompt, chosen, rejected, where=f"grammar {i}"))
-        return rows
+        rng = random.Random(f"coverage {seed}")
+        compared = [
+            [self._any_answer(p, rng), self._any_answer(p, rng)]
+            if rng.random() < self.coverage
+            else list(some)
+            for p, some in zip(prompts, answers, strict=True)
+        ]
+        utilities = [
+            [self.utility(p, a) for a in some] for p, some in zip(prompts, compared, strict=True)
+        ]
+        return self.annotator.compare(prompts, compared, utilities, seed=seed)
+
+    def utility(self, prompt: str, answer: str) -> float:
+        """Return what the annotator means to prefer: gold, mixed with warmth without end."""
+        warm = sum(w in WARM for w in answer.split())
+        m = self.misspecification
+        return (1 - m) * gold_reward(prompt, answer) + m * warm
+
+    def _any_answer(self, prompt: str, rng: random.Random) -> str:
+        wide = dataclasses.replace(self, warmth=rng.random(), focus=rng.random())
+        topic = topic_of(prompt)
+        return " ".join(wide._sentence(topic, rng) for _ in range(rng.randint(1, 4)))
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return a tokenizer with one token a word."""
@@ -147,6 +186,44 @@ class GrammarWorld:
         )
         torch.manual_seed(seed)
         return Policy(LlamaForCausalLM(config), tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenGrammar:
+    """The embedded world with its reference policy: a `lab.worlds.LanguageWorld`."""
+
+    dials: GrammarWorld
+    policy: Policy
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer."""
+        return self.dials.max_new_tokens
+
+    def prompts(self, count: int, *, seed: int, held_out: bool = False) -> list[Prompt]:
+        """Return requests; held-out ones are fresh draws of the same few hundred."""
+        return list(self.dials.prompts(count, seed=seed_of(seed, held_out)))
+
+    def answers(self, prompts: Sequence[Prompt], *, n: int, seed: int) -> list[list[Completion]]:
+        """Return n answers of the reference policy to each prompt."""
+        return answers_of(self.policy, prompts, n=n, max_new_tokens=self.max_new_tokens, seed=seed)
+
+    def gold(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion]
+    ) -> Float[Tensor, " batch"]:
+        """Return the true reward: see `gold_reward`."""
+        return self.dials.gold(prompts, completions)
+
+    def comparisons(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]], *, seed: int
+    ) -> list[PreferenceRow]:
+        """Return what the annotator says: see `GrammarWorld.comparisons`."""
+        texts = [[text_of(a) for a in some] for some in answers]
+        return self.dials.comparisons([text_of(p) for p in prompts], texts, seed=seed)
+
+    def equivalence(self, answers: Sequence[Sequence[str]]) -> Equivalence:  # noqa: ARG002
+        """Return when two answers say the same: see `same_content`."""
+        return same_content
 
 
 def topic_of(prompt: str) -> str:

@@ -113,17 +113,24 @@ class Policy(nn.Module):
         Logits are made at the completions' tokens only, a slice at a time and recomputed in the
         backward pass: there is never a `[row, seq, vocab]` tensor in float32.
         """
-        hidden = hidden_states(self.backbone, batch)
         mask = batch.mask
-        states = hidden[batch.rows[:, None].expand_as(mask)[mask], batch.predictor_columns[mask]]
         logprobs, entropies = token_logprobs(
-            states,
-            Readout(self.model.get_output_embeddings(), *self._logit_scaling()),
+            self.predicting_states(batch),
+            self.readout(),
             batch.targets[mask],
             temperature=temperature,
         )
         out = torch.zeros(mask.shape, device=mask.device)
         return TokenScores(out.masked_scatter(mask, logprobs), out.masked_scatter(mask, entropies))
+
+    def predicting_states(self, batch: PackedBatch) -> Float[Tensor, "token hidden"]:
+        """Return the state that predicts each completion token, the batch's padding left out."""
+        hidden, mask = hidden_states(self.backbone, batch), batch.mask
+        return hidden[batch.rows[:, None].expand_as(mask)[mask], batch.predictor_columns[mask]]
+
+    def readout(self) -> "Readout":
+        """Return the map from states to the logits of the whole model."""
+        return Readout(self.model.get_output_embeddings(), *self._logit_scaling())
 
     def _logit_scaling(self) -> tuple[float, float | None]:
         """Tell by computing what the model does to its head's output; remembered.
@@ -228,6 +235,27 @@ def token_logprobs(
             parts.append(of_slice(some, these))
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+@torch.no_grad()
+def exact_token_kl(
+    policy: Policy, ref: Policy, batch: PackedBatch, *, temperature: float = 1.0
+) -> Float[Tensor, "completion token"]:
+    """KL(policy || ref) of the next token, over the whole vocabulary, before each completion token.
+
+    Summed over a completion that the policy wrote, it is an unbiased estimate of the KL between the
+    distributions of completions, never negative and of lower variance than k1: only the prefixes
+    are sampled. Amini et al. 2025 (https://arxiv.org/abs/2504.10637).
+    """
+    parts = []
+    states, ref_states = policy.predicting_states(batch), ref.predicting_states(batch)
+    readout, ref_readout = policy.readout(), ref.readout()
+    for some, ref_some in zip(states.split(2048), ref_states.split(2048), strict=True):
+        logprobs = (readout(some).float() / temperature).log_softmax(-1)
+        ref_logprobs = (ref_readout(ref_some).float() / temperature).log_softmax(-1)
+        parts.append((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1))
+    out = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    return out.masked_scatter(batch.mask, torch.cat(parts))
 
 
 class ValueModel(nn.Module):

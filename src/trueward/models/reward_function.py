@@ -12,11 +12,10 @@ from trueward.posterior import RewardPosterior
 
 RewardFunction = Callable[[Sequence[Prompt], Sequence[Completion]], RewardPosterior | Tensor]
 Reward = RewardModel | Sequence[RewardModel] | Callable[..., object]
+PosteriorFunction = Callable[[Sequence[Prompt], Sequence[Completion]], RewardPosterior]
 
 
-def posterior_function(
-    reward: Reward,
-) -> Callable[[Sequence[Prompt], Sequence[Completion]], RewardPosterior]:
+def posterior_function(reward: Reward) -> PosteriorFunction:
     """Return one function for a reward model, several of them, or a plain Python function.
 
     Reward models score on their saved scale. Several models become the members of one posterior

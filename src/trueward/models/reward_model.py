@@ -9,6 +9,7 @@ model with Gaussian heads keeps them in the same `model.safetensors`, under `hea
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from trueward.data.formats import Completion, DataError, Prompt
-from trueward.data.packing import PackedBatch, group_by_prompt, token_budget_batches
+from trueward.data.packing import (
+    PackedBatch,
+    group_by_prompt,
+    row_tokens,
+    token_budget_batches,
+)
 from trueward.data.tokens import (
     Tokens,
     ensure_pad_token,
@@ -252,11 +258,11 @@ class RewardModel(nn.Module):
         inverse = [first_seen.setdefault((tuple(p), tuple(c)), len(first_seen)) for p, c in tokens]
         tokens = [Tokens(list(p), list(c)) for p, c in first_seen]
         share = shared_prefix and self.head is not None and can_share_prefixes(self.backbone)
-        longest = max(len(p) + len(c) for p, c in tokens)
+        width = self.backbone.config.get_text_config().hidden_size
         groups, members = group_by_prompt(
             [t.prompt_ids for t in tokens],
             [t.completion_ids for t in tokens],
-            max_tokens=max(longest, min(max_tokens, 4096)) if share else longest,
+            max_tokens=partial(row_tokens, hidden_size=width) if share else 0,
             max_completions=batch_size,
         )
         was_training = self.training

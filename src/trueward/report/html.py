@@ -16,7 +16,10 @@ Cell = str | float | int | None
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows under columns; numbers are aligned and sorted as numbers, None is an empty cell."""
+    """Rows under columns; numbers are aligned and sorted as numbers, None is an empty cell.
+
+    A column's name may have several lines, as a page does not break it by itself.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -39,6 +42,17 @@ class FigureHtml:
     """A drawing from `to_svg`, put into the page as it is: never from an untrusted source."""
 
     svg: str
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanelsHtml:
+    """Small drawings under one caption, as many beside each other as the page has room for.
+
+    The names stand above the drawings, as a page can break a long one into lines.
+    """
+
+    svgs: Mapping[str, str]  # by name
     caption: str = ""
 
 
@@ -74,7 +88,7 @@ class Section:
     title: str
     text: str = ""
     tables: Sequence[Table] = ()
-    figures: Sequence[FigureHtml] = ()
+    figures: Sequence[FigureHtml | PanelsHtml] = ()
     samples: Sequence[SampleRow] = ()
     details: Sequence[Details] = ()
 
@@ -188,21 +202,33 @@ def _sort_key(cell: Cell, numeric: bool) -> str:
     return repr(cell)
 
 
-def _set_figure(figure: FigureHtml, number: int) -> dict[str, object]:
+def _set_figure(figure: FigureHtml | PanelsHtml, number: int) -> dict[str, object]:
+    if isinstance(figure, PanelsHtml):
+        return {
+            "panels": {
+                name: Markup(with_id_prefix(svg, f"figure-{number}-panel-{k}-"))
+                for k, (name, svg) in enumerate(figure.svgs.items())
+            }
+        }
     # A wide one would shrink beyond reading on a phone: it scrolls in its own box.
-    wide = _width(figure) > 400
-    return {"svg": Markup(with_id_prefix(figure.svg, f"figure-{number}-")), "wide": wide}
+    width = _width(figure.svg)
+    return {
+        "svg": Markup(with_id_prefix(figure.svg, f"figure-{number}-")),
+        "wide": width > 400,
+        "most": round(1.7 * width),  # pixels a point: letters no larger than the page's
+    }
 
 
-def _figure_class(figures: Sequence[FigureHtml]) -> str:
+def _figure_class(figures: Sequence[FigureHtml | PanelsHtml]) -> str:
     """Return how figures stand together: small ones in more columns, a single one by itself."""
-    if all(_width(figure) < 300 for figure in figures):
+    single = [figure for figure in figures if isinstance(figure, FigureHtml)]
+    if single and all(_width(figure.svg) < 300 for figure in single):
         return "small"
-    return "alone" if len(figures) == 1 else ""
+    return "alone" if len(single) <= 1 else ""
 
 
-def _width(figure: FigureHtml) -> float:
-    box = re.search(r'viewBox="[\d.\-]+ [\d.\-]+ ([\d.]+)', figure.svg)
+def _width(svg: str) -> float:
+    box = re.search(r'viewBox="[\d.\-]+ [\d.\-]+ ([\d.]+)', svg)
     return float(box[1]) if box else 0.0
 
 

@@ -9,6 +9,7 @@ minibatch; GRPO as published averages within each completion first and has k3 in
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +19,13 @@ from torch import Tensor
 
 from trueward import objectives
 from trueward.data.formats import Prompt, PromptRow
-from trueward.data.packing import Group, PackedBatch, group_by_prompt, token_budget_batches
+from trueward.data.packing import (
+    Group,
+    PackedBatch,
+    group_by_prompt,
+    row_tokens,
+    token_budget_batches,
+)
 from trueward.losses.policy import (
     generalized_advantages,
     group_advantages,
@@ -215,7 +222,9 @@ def _learn(
                 "clip_fraction": 0.0,
                 "kl/update": 0.0,
             }
-            for batch, where in _batches(policy, rollouts.samples, loop.share(rows), config):
+            for batch, where in packed_batches(
+                policy, rollouts.samples, loop.share(rows), config.max_batch_tokens
+            ):
                 old = _rows(rollouts.logprobs, where, batch)
                 with loop.accelerator.autocast():
                     logprobs = policy(batch, temperature=config.temperature).logprobs
@@ -269,7 +278,9 @@ def observe(
     width = max(len(s.completion_ids) for s in samples)
     logprobs, ref_logprobs, values = (torch.zeros(len(samples), width) for _ in range(3))
     mask = torch.zeros(len(samples), width, dtype=torch.bool)
-    for batch, where in _batches(policy, samples, list(range(len(samples))), config):
+    for batch, where in packed_batches(
+        policy, samples, list(range(len(samples))), config.max_batch_tokens
+    ):
         some = batch.mask.shape[1]
         logprobs[where, :some] = policy(batch, temperature=config.temperature).logprobs.cpu()
         with policy.adapter_off() if ref is None else contextlib.nullcontext(ref) as reference:
@@ -343,24 +354,22 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     return metrics
 
 
-def _batches(
-    policy: Policy, samples: Sequence[Sample], rows: Sequence[int], config: PolicyConfig
+def packed_batches(
+    policy: Policy, samples: Sequence[Sample], rows: Sequence[int], max_tokens: int
 ) -> list[tuple[PackedBatch, list[int]]]:
     """Pack completions by prompt within the token budget; return batches and their rows."""
     if not rows:  # a process without a share
         return []
     groups: list[Group]
     share = can_share_prefixes(policy.backbone)
-    longest = max(len(samples[i].prompt_ids) + len(samples[i].completion_ids) for i in rows)
+    hidden_size = policy.backbone.config.get_text_config().hidden_size
     groups, members = group_by_prompt(
         [samples[i].prompt_ids for i in rows],
         [samples[i].completion_ids for i in rows],
-        max_tokens=max(longest, min(config.max_batch_tokens, 4096)) if share else longest,
+        max_tokens=partial(row_tokens, hidden_size=hidden_size) if share else 0,
     )
     out = []
-    for some in token_budget_batches(
-        groups, max_tokens=config.max_batch_tokens, shared_prefix=share
-    ):
+    for some in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=share):
         batch = make_batch(
             policy.backbone,
             [groups[g] for g in some],

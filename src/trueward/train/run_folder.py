@@ -7,7 +7,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class RunFolder:
 
     Files: `config.yaml` (resolved), `environment.json`, `metrics.jsonl` (a line per step),
     `summary.json` (written last: its presence says that the stage is finished) and, until then,
-    one `checkpoint-NNNNNN/` of safetensors and JSON.
+    one `checkpoint-NNNNNN/` of safetensors and JSON. A folder whose `config.yaml` says something
+    else is refused, but for `free` fields (top level) that may change between a run and its resume.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class RunFolder:
         *,
         command: str,
         config: object = None,
+        free: Collection[str] = (),
         writes: bool = True,
     ) -> None:
         self.path = Path(path) if path is not None else None
@@ -55,7 +58,7 @@ class RunFolder:
                 self.path / "train.yaml"
             )  # config.yaml is the command's, of which this is a part
         if saved.exists():
-            _refuse_other_config(saved, resolved)
+            _refuse_other_config(saved, resolved, _FREE_FIELDS.union(free))
         write_text(saved, yaml.safe_dump(resolved, sort_keys=False))
         write_text(self.path / "environment.json", json.dumps(environment(), indent=2))
 
@@ -177,6 +180,7 @@ def to_plain(value: object) -> Any:
     return getattr(value, "__qualname__", str(value))
 
 
+@lru_cache  # git and the packages' metadata are asked once a process
 def environment() -> dict[str, object]:
     """Return the versions, the code's revision and the device that a run's numbers rest on."""
     packages = ("trueward", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")
@@ -212,9 +216,9 @@ def _revision() -> str | None:
     return out.stdout.strip() or None
 
 
-def _refuse_other_config(saved: Path, resolved: Any) -> None:
+def _refuse_other_config(saved: Path, resolved: Any, free: Collection[str]) -> None:
     before = yaml.safe_load(saved.read_text("utf-8"))
-    differing = _first_difference(before, resolved)
+    differing = _first_difference(before, resolved, free)
     if differing is not None:
         name, old, new = differing
         raise DataError(
@@ -223,12 +227,14 @@ def _refuse_other_config(saved: Path, resolved: Any) -> None:
         )
 
 
-def _first_difference(old: Any, new: Any, name: str = "") -> tuple[str, object, object] | None:
+def _first_difference(
+    old: Any, new: Any, free: Collection[str], name: str = ""
+) -> tuple[str, object, object] | None:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(k for k in old if k not in new)]:
-            if key in _FREE_FIELDS:
+            if key in free:
                 continue
-            found = _first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+            found = _first_difference(old.get(key), new.get(key), free, f"{name}.{key}".lstrip("."))
             if found:
                 return found
         return None

@@ -1,0 +1,296 @@
+"""The cells of a comparison in a world of language: a policy optimised, or the best of n chosen."""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trueward.data.rows import Completion, Prompt
+from trueward.evaluate.comparison import Point, SeedRun
+from trueward.evaluate.overoptimization import (
+    best_of_n_curves_per_prompt,
+    best_of_n_kl,
+    best_of_n_sizes,
+)
+from trueward.evaluate.preferences import pair_rewards
+from trueward.lab.language import (
+    Lab,
+    RewardOf,
+    evaluation_prompts,
+    held_out_rows,
+    policy_config,
+    pool_posterior,
+    read_pool,
+    reward_of,
+    scale_of,
+)
+from trueward.lab.methods import Method
+from trueward.lab.worlds import words_of
+from trueward.losses.policy import kl_estimate
+from trueward.models.policy import Policy, exact_token_kl
+from trueward.posterior import RewardPosterior
+from trueward.sampling import Sample, SamplingConfig, sample
+from trueward.train.loop import seed_of
+from trueward.train.policy import packed_batches, train_policy
+from trueward.train.run_folder import RunFolder, finished_summary, write_text
+
+Objective = Callable[[RewardPosterior], Tensor]
+
+
+class Judged(NamedTuple):
+    """Answers to the evaluation prompts, flat, with what they are worth."""
+
+    prompts: list[Prompt]
+    answers: list[Completion]
+    gold: Tensor  # [answer], in its unit
+    proxy: Tensor  # [answer], what the method optimises
+
+
+def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path) -> None:
+    """Optimise a policy against the method's reward, and measure it as it goes."""
+    run = lab.start(folder, config={"method": method, "steps": steps})
+    if run is None:
+        return
+    world, config = lab.open(seed), lab.config
+    reward, objective = reward_of(lab, world, method, seed), method.objective.build()
+    scale, prompts = scale_of(lab, seed), evaluation_prompts(world, config, seed)
+    # The same noise at every evaluation and for every method: differences are the policies'.
+    sampling = SamplingConfig(
+        n=config.evaluation_samples,
+        max_new_tokens=world.max_new_tokens,
+        seed=seed_of(seed, "evaluation"),
+    )
+
+    def evaluate(policy: Policy, step: int) -> dict[str, float]:
+        drawn = sample(policy, prompts, sampling)
+        asked = [prompts[s.prompt_index] for s in drawn]
+        answers: list[Completion] = [s.text for s in drawn]
+        posterior = reward.posterior(asked, answers)
+        gold = scale(world.gold(asked, answers))
+        judged = Judged(asked, answers, gold, objective(posterior))
+        point = {"step": float(step)} | measures(judged, posterior, samples=sampling.n)
+        point |= kl_metrics(policy, world.policy, drawn, max_tokens=config.max_batch_tokens)
+        write_evaluation(folder, step, point, judged, every=sampling.n)
+        return {f"evaluation/{key}": value for key, value in point.items()}
+
+    policy = Policy(copy.deepcopy(world.policy.model), world.policy.tokenizer)
+    if not (folder / "training").exists():
+        evaluate(policy, 0)
+    train_policy(
+        policy,
+        reward.posterior,
+        world.prompts(config.training_prompts, seed=seed_of(seed, "training")),
+        policy_config(lab, world, seed, method, steps=steps),
+        objective=objective,
+        output_dir=folder / "training",
+        evaluation=evaluate,
+    )
+    trained = finished_summary(folder / "training")
+    assert trained is not None
+    probabilities, outcomes = held_out_reliability(lab, seed, reward, objective)
+    result = SeedRun(
+        seed=seed,
+        points=centred(read_points(folder)),
+        seconds=trained["seconds"],
+        final_gold=read_evaluation(folder, steps)["gold"],
+        probabilities=probabilities,
+        outcomes=outcomes,
+    )
+    write_result(run, folder, result)
+
+
+def best_of_n_cell(lab: Lab, method: Method, seed: int, folder: Path) -> None:
+    """Choose the reward's favourite among n of the reference policy's answers, for all n."""
+    run = lab.start(folder, config={"method": method})
+    if run is None:
+        return
+    world, pool = lab.open(seed), read_pool(lab, seed)
+    posterior = pool_posterior(lab, seed, method, pool)
+    objective = method.objective.build()
+    proxy = objective(posterior).view(pool.gold.shape)
+    points, picks = best_of_n_points(pool.answers, pool.gold, proxy, posterior)
+    for point, pick in zip(points, picks, strict=True):
+        rows = range(len(pool.prompts))
+        judged = Judged(
+            pool.prompts,
+            [pool.answers[i][pick[i]] for i in rows],
+            pool.gold[rows, pick],
+            proxy[rows, pick],
+        )
+        write_evaluation(folder, int(point["n"]), point, judged, every=1)
+    reward = reward_of(lab, world, method, seed)
+    probabilities, outcomes = held_out_reliability(lab, seed, reward, objective)
+    result = SeedRun(
+        seed=seed,
+        points=centred(points),
+        seconds=run.seconds,
+        final_gold=pool.gold[range(len(pool.prompts)), picks[-1]].tolist(),
+        probabilities=probabilities,
+        outcomes=outcomes,
+    )
+    write_result(run, folder, result)
+
+
+# --- measures ---
+
+
+def measures(judged: Judged, posterior: RewardPosterior, *, samples: int) -> Point:
+    """Return what an evaluation says of a policy; `samples` answers to each prompt, in a row."""
+    gold, proxy = judged.gold.double().view(-1, samples), judged.proxy.double().view(-1, samples)
+    point = {
+        "gold": gold.mean().item(),
+        "gold_sem": gold.mean(1).std().item() / len(gold) ** 0.5,
+        "proxy": proxy.mean().item(),
+        "length": sum(map(words_of, judged.answers)) / len(judged.answers),
+        "agreement": agreement(proxy, gold),
+    }
+    if posterior.means.shape[1] > 1:
+        point["spread"] = posterior.std.mean().item()
+    return point
+
+
+def agreement(proxy: Tensor, gold: Tensor) -> float:
+    """Share of a prompt's pairs of answers that the proxy orders as gold does; ties count half.
+
+    Args:
+        proxy: [prompt, sample].
+        gold: [prompt, sample]; pairs of equal gold are left out.
+
+    Returns:
+        NaN where no pair differs in gold.
+    """
+    first, second = torch.triu_indices(gold.shape[1], gold.shape[1], offset=1).unbind(0)
+    wanted = (gold[:, first] - gold[:, second]).sign()
+    said = (proxy[:, first] - proxy[:, second]).sign()
+    right = ((wanted * said) + 1) / 2  # 1, 1/2 for a tied proxy, 0
+    return right[wanted != 0].mean().item()
+
+
+@torch.no_grad()
+def kl_metrics(policy: Policy, ref: Policy, samples: Sequence[Sample], *, max_tokens: int) -> Point:
+    """Return the KL of a policy to the reference on its own completions, in nats a completion.
+
+    `kl/exact` sums the exact KL of each next token (see `exact_token_kl`); `kl/k1`, `kl/k2` and
+    `kl/k3` sum the estimators of Schulman 2020 (http://joschu.net/blog/kl-approx.html).
+    """
+    totals: dict[str, float] = dict.fromkeys(("kl/exact", "kl/k1", "kl/k2", "kl/k3"), 0.0)
+    for batch, _ in packed_batches(policy, samples, range(len(samples)), max_tokens):
+        logprobs, ref_logprobs = policy(batch).logprobs, ref(batch).logprobs
+        totals["kl/exact"] += exact_token_kl(policy, ref, batch).sum().item()
+        for estimator in ("k1", "k2", "k3"):
+            kl = kl_estimate(logprobs, ref_logprobs, estimator=estimator)
+            totals[f"kl/{estimator}"] += (kl * batch.mask).sum().item()
+    return {key: value / len(samples) for key, value in totals.items()}
+
+
+def best_of_n_points(
+    answers: Sequence[Sequence[Completion]],
+    gold: Tensor,
+    proxy: Tensor,
+    posterior: RewardPosterior,
+) -> tuple[list[Point], list[list[int]]]:
+    """Return a point for each n, and which of the first n samples of each prompt is chosen.
+
+    The points are means over all subsets of size n (`evaluate.best_of_n_curve`); the choices, one
+    example of it, are for reading.
+
+    Args:
+        answers: By prompt, as many to each.
+        gold: [prompt, sample].
+        proxy: [prompt, sample].
+        posterior: Of prompt times sample, in the same order.
+    """
+    ns = best_of_n_sizes(gold.shape[1])
+    columns = {"gold": gold, "proxy": proxy}
+    columns["length"] = torch.tensor([[float(words_of(a)) for a in some] for some in answers])
+    if posterior.means.shape[1] > 1:
+        columns["spread"] = posterior.std.view(gold.shape)
+    curves = {k: best_of_n_curves_per_prompt(proxy, v, ns) for k, v in columns.items()}
+    points, picks = [], []
+    for i, n in enumerate(ns):
+        point = {"n": float(n), "kl/exact": best_of_n_kl(n)}
+        point |= {key: curve[:, i].mean().item() for key, curve in curves.items()}
+        point["gold_sem"] = curves["gold"][:, i].std().item() / len(gold) ** 0.5
+        points.append(point)
+        picks.append(proxy[:, :n].argmax(1).tolist())
+    return points, picks
+
+
+def held_out_reliability(
+    lab: Lab, seed: int, reward: RewardOf, objective: Objective
+) -> tuple[list[float], list[bool]]:
+    """Return the chances that a reward gives to the annotator's held-out choices, and what came.
+
+    The annotator errs there as in training: a calibrated reward is as unsure as it should be. Every
+    other pair is turned round, so that both outcomes occur.
+    """
+    rows = held_out_rows(lab, seed)
+    turned = [i % 2 == 1 for i in range(len(rows))]
+    first, second = pair_rewards(
+        reward.posterior,
+        [r.prompt for r in rows],
+        [r.rejected if t else r.chosen for r, t in zip(rows, turned, strict=True)],
+        [r.chosen if t else r.rejected for r, t in zip(rows, turned, strict=True)],
+        objective=objective,
+    )
+    chances = ((first - second) * reward.logit_scale).sigmoid()
+    return chances.tolist(), [not t for t in turned]
+
+
+def centred(points: Sequence[Point]) -> list[Point]:
+    """Return the points with the proxy counted from the reference policy's, the first point's."""
+    start = points[0]["proxy"]
+    return [point | {"proxy": point["proxy"] - start} for point in points]
+
+
+# --- files ---
+
+
+def write_evaluation(folder: Path, place: int, point: Point, judged: Judged, *, every: int) -> None:
+    """Write `evaluations/PLACE.json`: the point, and one answer to each prompt (of `every`)."""
+    (folder / "evaluations").mkdir(exist_ok=True)
+    found = {
+        "point": point,
+        "prompts": judged.prompts[::every],
+        "answers": judged.answers[::every],
+        "gold": judged.gold[::every].tolist(),
+        "proxy": judged.proxy[::every].tolist(),
+    }
+    write_text(folder / "evaluations" / f"{place:06d}.json", json.dumps(found))
+
+
+def read_evaluation(folder: Path, place: int) -> dict[str, Any]:
+    """Return what `write_evaluation` wrote."""
+    found: dict[str, Any] = json.loads(
+        (folder / "evaluations" / f"{place:06d}.json").read_text("utf-8")
+    )
+    return found
+
+
+def read_points(folder: Path) -> list[Point]:
+    """Return the points of all evaluations, in order."""
+    files = sorted((folder / "evaluations").glob("*.json"))
+    return [json.loads(file.read_text("utf-8"))["point"] for file in files]
+
+
+def write_result(run: RunFolder, folder: Path, result: SeedRun) -> None:
+    """Write `result.json`, and the summary that ends the cell."""
+    write_text(folder / "result.json", json.dumps(asdict(result)))
+    end = {k: v for k, v in result.points[-1].items() if k != "gold_sem"}
+    run.finish(
+        end | {"gold_peak": max(p["gold"] for p in result.points)},
+        seed=result.seed,
+        seconds=result.seconds,
+    )
+
+
+def read_result(folder: Path) -> SeedRun | None:
+    """Return a finished cell's result, None where it is not finished."""
+    if finished_summary(folder) is None:
+        return None
+    return SeedRun(**json.loads((folder / "result.json").read_text("utf-8")))

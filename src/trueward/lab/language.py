@@ -1,0 +1,440 @@
+"""The stages that the cells of a comparison share, in a world of language.
+
+For each seed: the reference policy answers, the annotator compares, reward models learn from the
+comparisons, and (for best-of-n) a pool of answers is drawn and scored. Every stage has its folder,
+is done once and goes on after a kill; `lab.cells` stands on them.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trueward import objectives
+from trueward.data.formats import load_preferences
+from trueward.data.rows import Completion, PreferenceRow, Prompt
+from trueward.data.sources import read_jsonl, write_jsonl
+from trueward.lab.controls import length_reward, random_reward
+from trueward.lab.methods import Method
+from trueward.lab.worlds import LanguageDials, LanguageWorld, answers_of
+from trueward.models.policy import Policy
+from trueward.models.reward_function import PosteriorFunction, posterior_function
+from trueward.models.reward_model import RewardModel
+from trueward.posterior import RewardPosterior
+from trueward.refine.multiview import MultiView, MultiViewConfig
+from trueward.refine.synthetic import synthetic_preferences
+from trueward.train.loop import seed_of
+from trueward.train.policy import PolicyConfig, train_policy
+from trueward.train.reward import RewardConfig, train_reward
+from trueward.train.run_folder import RunFolder, finished_summary
+
+logger = logging.getLogger(__name__)
+_REFINED = 50  # the seed that control, SPG and UML share: they differ in method alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """Sizes of a cell's stages in a world of language; the defaults suit the embedded world."""
+
+    pairs: int = 800  # prompts with two answers each, compared once
+    held_out_pairs: int = 300  # compared too, for the rewards' reliability
+    reward_epochs: float = 4.0
+    reward_learning_rate: float = 1e-3
+    reward_batch_size: int = 32  # pairs
+    subset: float = 0.8  # share of the comparisons that each member sees; 1 = all
+    steps: int = 60  # of policy optimisation; with `long`, of the scouting run
+    long: float = 0.0  # > 0: optimise for this many times the steps at which the baseline peaks
+    prompts_per_step: int = 16
+    completions_per_prompt: int = 4
+    training_prompts: int = 600
+    learning_rate: float = 2e-4  # of the policies, constant after a short warm-up
+    value_learning_rate_scale: float = 1.0  # the critic's rate over the policy's
+    inner_epochs: int = 1  # passes over a step's completions
+    evaluate_every: int = 5  # steps
+    evaluation_prompts: int = 64
+    evaluation_samples: int = 2  # answers to each, at every evaluation
+    pool: int = 256  # answers to each evaluation prompt that best-of-n chooses from
+    refine_after: int = 15  # steps of the single reward's policy after which SPG and UML sample it
+    refine_prompts: int = 200
+    refine_samples: int = 10  # answers to each
+    gamma: float = 0.5  # SPG: smallest confidence of a synthetic preference
+    uml: MultiViewConfig = field(default_factory=lambda: MultiViewConfig(latent=32, width=128))
+    max_batch_tokens: int = 8192  # padded tokens computed at once
+
+    def __post_init__(self) -> None:
+        for name in ("evaluation_samples", "completions_per_prompt", "refine_samples", "pool"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
+        for name in ("pairs", "steps", "evaluate_every", "evaluation_prompts", "refine_after"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.long < 0:
+            raise ValueError(f"long must be at least 0 (off), got {self.long}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """A world of language, the sizes, and the folder that everything is written to."""
+
+    world: LanguageDials
+    config: LanguageConfig
+    out: Path
+
+    @property
+    def shared(self) -> Path:
+        """What all seeds have in common."""
+        return self.out / "shared"
+
+    def ground(self, seed: int) -> Path:
+        """What the cells of a seed have in common."""
+        return self.out / "ground" / f"seed-{seed}"
+
+    def open(self, seed: int) -> LanguageWorld:
+        """Return the world, built before."""
+        return self.world.open(self.shared, self.ground(seed) / "reference")
+
+    def start(self, folder: Path, *, config: object = None) -> RunFolder | None:
+        """Open a stage's folder; None where the stage is finished."""
+        made_of = {"world": self.world, "language": self.config, "stage": config}
+        run = RunFolder(folder, command="compare", config=made_of)
+        return None if finished_summary(folder) is not None else run
+
+
+class Scale(NamedTuple):
+    """The unit of gold: mean and standard deviation over the reference policy's answers."""
+
+    mean: float
+    std: float
+
+    def __call__(self, gold: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Return gold in this unit."""
+        return (gold - self.mean) / self.std
+
+
+class RewardSpec(NamedTuple):
+    """One reward model that a method needs; methods that need the same one share it."""
+
+    name: str
+    seed: int  # told apart from the cell's
+    heads: int = 1
+    epochs_scale: float = 1.0
+    refine: Literal["", "spg", "uml"] = ""
+
+
+def reward_specs(method: Method) -> list[RewardSpec]:
+    """Return the reward models whose posterior a method optimises; none for a control."""
+    if method.reward == "retrained":
+        return [RewardSpec("retrained", _REFINED)]
+    if method.reward in ("spg", "uml"):
+        return [RewardSpec(method.reward, _REFINED, refine=method.reward)]
+    if method.reward != "learned":
+        return []
+    scale = method.epochs_scale
+    suffix = "" if scale == 1 else f"-epochs-{scale:g}x"
+    if method.family == "heads":
+        return [RewardSpec(f"heads-{method.members}{suffix}", 0, method.members, scale)]
+    return [RewardSpec(f"deep-{k}{suffix}", k, 1, scale) for k in range(method.members)]
+
+
+# --- stages ---
+
+
+def build_shared(lab: Lab) -> None:
+    """Build what all seeds have in common."""
+    run = lab.start(lab.shared)
+    if run:
+        lab.world.build_shared(lab.shared)
+        run.finish({}, seed=0)
+
+
+def build_reference(lab: Lab, seed: int) -> None:
+    """Build the reference policy of a seed."""
+    lab.world.build(lab.shared, lab.ground(seed) / "reference", seed=seed)
+
+
+def compare_answers(lab: Lab, seed: int) -> None:
+    """Let the annotator compare pairs of the reference policy's answers; measure gold's scale."""
+    folder = lab.ground(seed) / "comparisons"
+    run = lab.start(folder)
+    if run is None:
+        return
+    world, config = lab.open(seed), lab.config
+    kept = {}
+    for name, count in (("preferences", config.pairs), ("held_out", config.held_out_pairs)):
+        stream = seed_of(seed, name)
+        prompts = world.prompts(count, seed=stream, held_out=name == "held_out")
+        answers = world.answers(prompts, n=2, seed=stream)
+        rows = world.comparisons(prompts, answers, seed=stream)
+        kept[name] = len(rows)
+        write_jsonl(
+            folder / f"{name}.jsonl",
+            [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in rows],
+        )
+        if name == "preferences":
+            flat_prompts = [p for p in prompts for _ in range(2)]
+            flat = [a for pair in answers for a in pair]
+            gold = world.gold(flat_prompts, flat)
+            some = zip(flat_prompts[:400], flat[:400], strict=True)
+            reference = [{"prompt": p, "completion": c} for p, c in some]
+            write_jsonl(folder / "reference.jsonl", reference)
+    std = max(gold.std(correction=0).item(), 1e-6)
+    run.finish({"gold_mean": gold.mean().item(), "gold_std": std, **kept}, seed=seed)
+
+
+def scale_of(lab: Lab, seed: int) -> Scale:
+    """Return the unit of gold that `compare_answers` measured."""
+    summary = finished_summary(lab.ground(seed) / "comparisons")
+    assert summary is not None
+    return Scale(summary["metrics"]["gold_mean"], summary["metrics"]["gold_std"])
+
+
+def train_member(lab: Lab, seed: int, spec: RewardSpec) -> None:
+    """Train one reward model from the reference policy's body on the seed's comparisons."""
+    folder = lab.ground(seed) / "rewards" / spec.name
+    if finished_summary(folder) is not None:
+        return
+    own = seed * 100 + spec.seed
+    world, config = lab.open(seed), lab.config
+    rows: list[PreferenceRow] = load_preferences(
+        lab.ground(seed) / "comparisons" / "preferences.jsonl"
+    ).rows
+    auxiliary = None
+    model = RewardModel.from_backbone(
+        copy.deepcopy(world.policy.backbone),
+        world.policy.tokenizer,
+        members=spec.heads,
+        seed=own,
+    )
+    if spec.refine:
+        drawn = _samples_of_first(lab, seed)
+    if spec.refine == "spg":
+        rows += _synthetic(lab, seed, drawn)
+    elif spec.refine == "uml":
+        width = model.backbone.config.get_text_config().hidden_size
+        auxiliary = MultiView(width, drawn, replace(config.uml, seed=seed))
+    train_reward(
+        model,
+        rows,
+        RewardConfig(
+            learning_rate=config.reward_learning_rate,
+            batch_size=config.reward_batch_size,
+            epochs=config.reward_epochs * spec.epochs_scale,
+            subset=config.subset,
+            seed=own,
+            max_batch_tokens=config.max_batch_tokens,
+            progress=False,
+        ),
+        output_dir=folder,
+        reference=_reference_samples(lab, seed),
+        auxiliary=auxiliary,
+    )
+
+
+def optimise_first(lab: Lab, seed: int) -> None:
+    """Optimise a policy a little against the first reward model; SPG and UML sample it."""
+    folder = lab.ground(seed) / "first"
+    run = lab.start(folder)
+    if run is None:
+        return
+    world, config = lab.open(seed), lab.config
+    policy = Policy(copy.deepcopy(world.policy.model), world.policy.tokenizer)
+    reward = load_member(lab, seed, reward_specs(Method())[0])
+    train_policy(
+        policy,
+        reward,
+        world.prompts(config.training_prompts, seed=seed_of(seed, "training")),
+        policy_config(lab, world, seed, Method(), steps=config.refine_after),
+        objective=objectives.mean,
+        output_dir=folder / "training",
+    )
+    prompts = world.prompts(config.refine_prompts, seed=seed_of(seed, "refine"))
+    n, stream = config.refine_samples, seed_of(seed, "refine")
+    answers = answers_of(policy, prompts, n=n, max_new_tokens=world.max_new_tokens, seed=stream)
+    rows = zip(prompts, answers, strict=True)
+    write_jsonl(folder / "samples.jsonl", [{"prompt": p, "completions": a} for p, a in rows])
+    run.finish({"prompts": len(prompts)}, seed=seed)
+
+
+def draw_pool(lab: Lab, seed: int) -> None:
+    """Draw the answers that best-of-n chooses from, with their gold in its unit."""
+    folder = lab.ground(seed) / "pool"
+    run = lab.start(folder)
+    if run is None:
+        return
+    world, config = lab.open(seed), lab.config
+    prompts = evaluation_prompts(world, config, seed)
+    answers = world.answers(prompts, n=config.pool, seed=seed_of(seed, "pool"))
+    flat_prompts = [p for p in prompts for _ in range(config.pool)]
+    gold = scale_of(lab, seed)(world.gold(flat_prompts, [a for some in answers for a in some]))
+    rows = zip(prompts, answers, gold.view(len(prompts), -1).tolist(), strict=True)
+    write_jsonl(
+        folder / "pool.jsonl", [{"prompt": p, "completions": a, "gold": g} for p, a, g in rows]
+    )
+    run.finish({"answers": len(flat_prompts), "gold": gold.mean().item()}, seed=seed)
+
+
+class AnswerPool(NamedTuple):
+    """Answers of the reference policy to the evaluation prompts, as many to each."""
+
+    prompts: list[Prompt]
+    answers: list[list[Completion]]
+    gold: Float[Tensor, "prompt sample"]
+
+    @property
+    def flat(self) -> tuple[list[Prompt], list[Completion]]:
+        """Prompts and answers as two lists of the same length."""
+        prompts = [p for p, a in zip(self.prompts, self.answers, strict=True) for _ in a]
+        return prompts, [c for some in self.answers for c in some]
+
+
+def read_pool(lab: Lab, seed: int) -> AnswerPool:
+    """Return what `draw_pool` drew."""
+    rows = [row for _, row in read_jsonl(lab.ground(seed) / "pool" / "pool.jsonl")]
+    return AnswerPool(
+        [r["prompt"] for r in rows],
+        [r["completions"] for r in rows],
+        torch.tensor([r["gold"] for r in rows]),
+    )
+
+
+def score_pool(lab: Lab, seed: int, spec: RewardSpec) -> None:
+    """Score the pool by one reward model."""
+    folder = lab.ground(seed) / "pool" / spec.name
+    run = lab.start(folder, config=spec._asdict())
+    if run is None:
+        return
+    posterior = load_member(lab, seed, spec).score(*read_pool(lab, seed).flat, normalise=True)
+    assert posterior.stds is not None
+    save_file({"means": posterior.means, "stds": posterior.stds}, folder / "scores.safetensors")
+    run.finish({"mean": posterior.mean.mean().item()}, seed=seed)
+
+
+# --- what cells ask for ---
+
+
+def load_member(lab: Lab, seed: int, spec: RewardSpec) -> RewardModel:
+    """Return a reward model that `train_member` trained."""
+    return RewardModel.from_pretrained(lab.ground(seed) / "rewards" / spec.name / "model")
+
+
+def pool_posterior(lab: Lab, seed: int, method: Method, pool: AnswerPool) -> RewardPosterior:
+    """Return the posterior of every answer in the pool under a method's reward."""
+    specs = reward_specs(method)
+    if not specs:
+        posterior_of = control_reward(lab.open(seed), scale_of(lab, seed), method, seed)
+        return posterior_of(*pool.flat)
+    found = [
+        load_file(lab.ground(seed) / "pool" / spec.name / "scores.safetensors") for spec in specs
+    ]
+    return RewardPosterior.stack_members([RewardPosterior(f["means"], f["stds"]) for f in found])
+
+
+class RewardOf(NamedTuple):
+    """What a method optimises, and how many of its units a logit of its preferences has."""
+
+    posterior: PosteriorFunction
+    logit_scale: float  # Bradley-Terry's margin over that of the standardised members
+
+
+def reward_of(lab: Lab, world: LanguageWorld, method: Method, seed: int) -> RewardOf:
+    """Return a method's reward as a function of prompts and answers."""
+    specs = reward_specs(method)
+    if not specs:
+        return RewardOf(control_reward(world, scale_of(lab, seed), method, seed), 1.0)
+    models = [load_member(lab, seed, spec) for spec in specs]
+    scale = torch.cat([m.reward_std for m in models]).mean().item()
+    return RewardOf(posterior_function(models), scale)
+
+
+def control_reward(
+    world: LanguageWorld, scale: Scale, method: Method, seed: int
+) -> PosteriorFunction:
+    """Return gold itself, noise, or length, as a posterior of one member."""
+
+    def posterior(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> RewardPosterior:
+        if method.reward == "gold":
+            values = scale(world.gold(prompts, completions))
+        elif method.reward == "random":
+            values = random_reward(prompts, completions, seed=seed)
+        else:
+            values = length_reward(prompts, completions)
+        return RewardPosterior(values.float()[:, None])
+
+    return posterior
+
+
+def policy_config(
+    lab: Lab, world: LanguageWorld, seed: int, method: Method, *, steps: int
+) -> PolicyConfig:
+    """Return the options of a policy's optimisation."""
+    config = lab.config
+    if method.optimiser not in ("ppo", "rloo", "grpo"):
+        raise ValueError(f"{method.optimiser} trains no policy.")
+    return PolicyConfig(
+        algorithm=method.optimiser,
+        steps=steps,
+        prompts_per_step=config.prompts_per_step,
+        completions_per_prompt=config.completions_per_prompt,
+        max_new_tokens=world.max_new_tokens,
+        learning_rate=config.learning_rate,
+        value_learning_rate_scale=config.value_learning_rate_scale,
+        inner_epochs=config.inner_epochs,
+        schedule="constant",  # a curve's early part must not depend on how long the run is
+        warmup_ratio=0.0,
+        kl_coef=method.kl_coef,
+        max_batch_tokens=config.max_batch_tokens,
+        checkpoint_every=config.evaluate_every,
+        evaluate_every=config.evaluate_every,
+        seed=seed,
+        progress=False,
+    )
+
+
+def evaluation_prompts(world: LanguageWorld, config: LanguageConfig, seed: int) -> list[Prompt]:
+    """Return the prompts on which every method of a seed is measured."""
+    return world.prompts(config.evaluation_prompts, seed=seed_of(seed, "evaluation"), held_out=True)
+
+
+def held_out_rows(lab: Lab, seed: int) -> list[PreferenceRow]:
+    """Return the comparisons that no reward model learned from."""
+    return list(load_preferences(lab.ground(seed) / "comparisons" / "held_out.jsonl").rows)
+
+
+def _reference_samples(lab: Lab, seed: int) -> tuple[list[Prompt], list[Completion]]:
+    rows = [r for _, r in read_jsonl(lab.ground(seed) / "comparisons" / "reference.jsonl")]
+    return [r["prompt"] for r in rows], [r["completion"] for r in rows]
+
+
+def _samples_of_first(lab: Lab, seed: int) -> list[tuple[Prompt, list[str]]]:
+    rows = [r for _, r in read_jsonl(lab.ground(seed) / "first" / "samples.jsonl")]
+    return [(r["prompt"], r["completions"]) for r in rows]
+
+
+def _synthetic(lab: Lab, seed: int, drawn: list[tuple[Prompt, list[str]]]) -> list[PreferenceRow]:
+    """Return SPG's preferences from the first policy's samples, ranked by the first reward."""
+    prompts, answers = [p for p, _ in drawn], [a for _, a in drawn]
+    n = lab.config.refine_samples
+    scorer = load_member(lab, seed, reward_specs(Method())[0])
+    flat = [a for some in answers for a in some]
+    rewards = scorer.score([p for p in prompts for _ in range(n)], flat).mean.view(-1, n)
+    made = synthetic_preferences(
+        prompts,
+        answers,
+        rewards,
+        equivalent=lab.open(seed).equivalence(answers),
+        gamma=lab.config.gamma,
+        seed=seed,
+    )
+    folder = lab.ground(seed) / "rewards" / "spg"
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"accepted": made.report.accepted, "prompts": made.report.prompts}
+    (folder / "synthetic.json").write_text(json.dumps(report), encoding="utf-8")
+    return made.to_preferences()

@@ -1,0 +1,41 @@
+"""A method: a reward, the objective made of it, and how a policy is optimised against it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trueward.options import ObjectiveConfig
+
+RewardName = Literal["learned", "retrained", "spg", "uml", "gold", "random", "length"]
+Optimiser = Literal["closed_form", "best_of_n", "ppo", "rloo", "grpo"]
+TRAINED: tuple[Optimiser, ...] = ("ppo", "rloo", "grpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of a comparison."""
+
+    label: str = ""  # as figures name it; empty: its key
+    reward: RewardName = "learned"  # gold, random (noise of the text) and length are controls
+    members: int = 1  # in the posterior that the objective gets
+    family: Literal["deep", "heads"] = "deep"  # a model for each member, or heads on one backbone
+    epochs_scale: float = 1.0  # reward training this many times as long: the control at equal cost
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimiser: Optimiser = "rloo"
+    kl_coef: float = 0.0  # price of a nat of KL, in units of the reward; trained policies only
+
+    def __post_init__(self) -> None:
+        if self.members < 1:
+            raise ValueError(f"members must be at least 1, got {self.members}.")
+        if self.epochs_scale <= 0:
+            raise ValueError(f"epochs_scale must be above 0, got {self.epochs_scale}.")
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
+        if self.kl_coef and self.optimiser not in TRAINED:
+            raise ValueError(
+                f"kl_coef is for trained policies ({', '.join(TRAINED)}), not for {self.optimiser}."
+            )
+        if self.reward not in ("learned",) and (self.members > 1 or self.epochs_scale != 1):
+            raise ValueError(
+                f"members and epochs_scale are for learned rewards, reward={self.reward} has "
+                "neither."
+            )
