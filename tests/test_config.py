@@ -146,3 +146,9 @@ def test_a_mistake_in_a_named_part_names_file_and_line(tmp_path: Path, text: str
     with pytest.raises(DataError) as error:
         parse(Whole, ["--config", str(file)], command="x")
     assert message in str(error.value)
+
+
+def test_help_shows_what_a_named_part_has(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse(Whole, ["--help"], command="x")
+    assert "--parts.NAME.size" in capsys.readouterr().out

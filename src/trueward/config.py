@@ -64,6 +64,8 @@ def _named_parts(config_class: type, arguments: Sequence[str]) -> dict[str, dict
             continue
         prefix = f"--{name}."
         keys = [a[len(prefix) :].split(".")[0] for a in arguments if a.startswith(prefix)]
+        if not keys and {"-h", "--help"} & set(arguments):
+            keys = ["NAME"]  # shows what a part has
         found[name] = {key: part() for key in dict.fromkeys(keys)}
     return found
 

@@ -44,7 +44,7 @@ class SeedRun:
     seconds: float
     final_gold: Sequence[float] = ()  # of the optimised policy's answer to each evaluation prompt
     probabilities: Sequence[float] = ()  # held-out pairs: the reward's chance that the first wins
-    outcomes: Sequence[bool] = ()  # and whether gold says so
+    outcomes: Sequence[bool] = ()  # and whether the annotator prefers it
 
 
 @dataclass(frozen=True, kw_only=True)

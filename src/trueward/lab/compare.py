@@ -88,6 +88,8 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
         DataError: The configuration asks for what the world cannot do, or cells failed.
     """
     check(config)
+    if config.world == "recorded":  # what cannot be used is told before, and in the page
+        console.print(config.recorded.open(seed=config.first_seed).report, highlight=False)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     with only_one(out):
@@ -400,6 +402,8 @@ def write_report(config: CompareConfig, methods: Sequence[MethodRuns], steps: in
     notes = []
     if _trains(config):
         notes.append(f"Policies were optimised for {steps} steps.")
+    if config.world == "recorded":
+        notes.append(config.recorded.open(seed=config.first_seed).report)
     if missing:
         notes.append(f"Not all of the {config.seeds} seeds are there: {', '.join(missing)}.")
     return comparison_report(

@@ -102,10 +102,7 @@ class RecordedWorld:
                 f"A recorded world needs at least 2 prompts with {self.min_answers} usable "
                 f"answers each, got {len(rows)} of {report.summary()}"
             )
-        opened = Recordings(world=self, seed=seed, rows=rows, load_report=report, left_out=left_out)
-        if report.problems:
-            logger.info("%s", opened.report)
-        return opened
+        return Recordings(world=self, seed=seed, rows=rows, load_report=report, left_out=left_out)
 
 
 @dataclass(frozen=True)

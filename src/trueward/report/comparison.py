@@ -694,12 +694,13 @@ def _reliability_section(keep: _Keeper, rewards: Sequence[_Reward]) -> Section |
     table = Table(
         columns=["methods with this reward", "accuracy", "ECE", "Brier score", "pairs"],
         rows=rows,
-        caption="Each reward on held-out pairs of the reference policy's answers.",
-        notes="± over seeds. ECE and Brier score are of all seeds' pairs together; a reward that "
+        caption="Each reward on the annotator's choices between held-out answers of the reference "
+        "policy.",
+        notes="Where the annotator errs, not even gold agrees with every choice. ± over seeds. ECE and Brier score are of all seeds' pairs together; a reward that "
         "says nothing has a Brier score of 0.25.",
     )
     caption = (
-        "How often the first answer had more gold against the chance that the reward gave it; on "
+        "How often the first answer was preferred against the chance that the reward gave it; on "
         "the dashed diagonal a probability means what it says. Columns: how many pairs."
     )
     return Section(
