@@ -6,7 +6,6 @@ exact over all subsets of the recorded answers.
 """
 
 import hashlib
-import logging
 import math
 import random
 import time
@@ -50,7 +49,6 @@ from trueward.models.reward_function import posterior_function
 from trueward.models.reward_model import OverlongError, RewardModel
 from trueward.posterior import RewardPosterior
 
-logger = logging.getLogger(__name__)
 # Scores of reward models by folder, its last change, and the texts: the methods of a comparison
 # ask for the same ones, and scoring is what takes long.
 _SCORED: dict[tuple[str, int, str], RewardPosterior] = {}

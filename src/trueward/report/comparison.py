@@ -696,8 +696,9 @@ def _reliability_section(keep: _Keeper, rewards: Sequence[_Reward]) -> Section |
         rows=rows,
         caption="Each reward on the annotator's choices between held-out answers of the reference "
         "policy.",
-        notes="Where the annotator errs, not even gold agrees with every choice. ± over seeds. ECE and Brier score are of all seeds' pairs together; a reward that "
-        "says nothing has a Brier score of 0.25.",
+        notes="Where the annotator errs, not even gold agrees with every choice. ± over seeds. ECE "
+        "and Brier score are of all seeds' pairs together; a reward that says nothing has a Brier "
+        "score of 0.25.",
     )
     caption = (
         "How often the first answer was preferred against the chance that the reward gave it; on "
