@@ -152,3 +152,10 @@ def test_help_shows_what_a_named_part_has(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         parse(Whole, ["--help"], command="x")
     assert "--parts.NAME.size" in capsys.readouterr().out
+
+
+def test_a_slip_in_a_parts_name_is_no_new_part(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text("parts:\n  plain: {size: 2}\n")
+    with pytest.raises(DataError, match=r"the file has no 'plian' under 'parts'.*is 'plain'"):
+        parse(Whole, ["--config", str(file), "--parts.plian.size", "7"], command="x")

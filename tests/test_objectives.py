@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trueward import objectives
+from trueward.options import ObjectiveConfig
 from trueward.posterior import RewardPosterior
 
 Objective = Callable[[RewardPosterior], Tensor]
@@ -302,6 +303,107 @@ def test_diagnostics_leave_out_rows_that_are_not_finite_and_say_how_many() -> No
     assert metrics["objective/nonfinite"] == 0.5
     assert metrics["objective/worst_case"] == 0.0
     assert not any(key.startswith("objective/nominal_member") for key in metrics)
+
+
+# Uncertainty sets: posteriors made of a posterior, which every objective takes.
+
+
+def test_lower_bounds_match_hand_calculation() -> None:
+    bounds = objectives.lower_bounds(HAND, coef=2.0)
+    close(bounds.means, torch.tensor([[-1.0, 1.0, 2.0], [-3.0, -1.0, 0.8]]))
+    close(bounds.stds, HAND.stds)
+    close(objectives.worst_case(bounds), [-1.0, -3.0])
+    # The member that is most certain is still the nominal one, now at its bound.
+    close(objectives.nominal(bounds), [1.0, 0.8])
+    close(objectives.lower_bounds(HAND, coef=0.0).means, HAND.means)
+
+
+def test_sampled_is_one_draw_of_each_member_and_repeats_with_its_generator() -> None:
+    wide = RewardPosterior(
+        torch.tensor([[1.0, -2.0]]).repeat(100_000, 1),
+        torch.tensor([[0.5, 3.0]]).repeat(100_000, 1),
+    )
+    draws = [
+        objectives.sampled(wide, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    ]
+    close(draws[0].means.mean(0), [1.0, -2.0], atol=0.04, rtol=0)
+    close(draws[0].means.std(0), [0.5, 3.0], atol=0.03, rtol=0)
+    assert abs(torch.corrcoef(draws[0].means.T)[0, 1].item()) < 0.015
+    close(draws[0].stds, wide.stds)
+    assert torch.equal(draws[0].means, draws[1].means)
+    assert not torch.equal(draws[0].means, draws[2].means)
+
+
+def test_sets_are_for_members_with_stds() -> None:
+    bare = RewardPosterior(HAND.means)
+    with pytest.raises(ValueError, match="lower_bounds needs members with stds"):
+        objectives.lower_bounds(bare, coef=1.0)
+    with pytest.raises(ValueError, match="sampled needs members with stds"):
+        objectives.sampled(bare)
+    with pytest.raises(ValueError, match="coef must be finite and at least 0"):
+        objectives.lower_bounds(HAND, coef=-1.0)
+
+
+def test_reward_robust_takes_the_nominal_reward_that_is_handed_in() -> None:
+    robust = partial(objectives.reward_robust, HAND, nominal_weight=0.25)
+    stage1 = torch.tensor([10.0, -4.0])
+    close(robust(nominal_reward=stage1), [0.25 * 10 + 0.75 * 1, 0.25 * -4 + 0.75 * -1])
+    close(robust(nominal_reward=objectives.mean(HAND)), [1.5, -0.75])
+    close(robust(nominal_reward=objectives.nominal(HAND)), robust())
+    batch = robust(nominal_reward=stage1, min_level="batch")
+    close(batch, [0.25 * 10 + 0.75 * 1, 0.25 * -4 + 0.75 * -1])
+    close(robust(nominal_reward=stage1.double()), robust(nominal_reward=stage1))
+
+
+@pytest.mark.usefixtures("without_annotation_checks")
+def test_a_nominal_reward_of_another_shape_is_refused() -> None:
+    for wrong in (torch.zeros(3), torch.zeros(2, 1), torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="one reward for each of the 2 rows"):
+            objectives.reward_robust(HAND, nominal_weight=0.5, nominal_reward=wrong)
+
+
+def test_the_set_of_an_objective_that_is_named_does_not_touch_its_nominal_reward() -> None:
+    config = partial(ObjectiveConfig, name="reward_robust", nominal_weight=0.25)
+    bound = config(uncertainty_set="lower_bound", bound_coef=2.0)
+    close(bound.build()(HAND), [0.25 * 2 + 0.75 * -1, 0.25 * 1 + 0.75 * -3])
+    level = config(uncertainty_set="lower_bound", bound_coef=2.0, min_level="batch")
+    close(level.build()(HAND), [0.25 * 2 + 0.75 * -1, 0.25 * 1 + 0.75 * -3])
+    close(config(nominal="mean").build()(HAND), [1.5, -0.75])
+    close(config().build()(HAND), objectives.reward_robust(HAND, nominal_weight=0.25))
+    bare = RewardPosterior(HAND.means)
+    close(config().build()(bare), objectives.reward_robust(bare, nominal_weight=0.25))
+
+
+@pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
+def test_each_named_objective_is_taken_of_its_set(name: str) -> None:
+    plain = ObjectiveConfig(name=name).build()  # type: ignore[arg-type]
+    bound = ObjectiveConfig(name=name, uncertainty_set="lower_bound", bound_coef=0.5)  # type: ignore[arg-type]
+    posterior = random_posterior()
+    expected = plain(objectives.lower_bounds(posterior, coef=0.5))
+    if name == "reward_robust":  # of which the nominal part keeps its mean
+        expected += 0.4 * 0.5 * posterior.stds.amin(1)
+    close(bound.build()(posterior), expected)
+    with pytest.raises(ValueError, match="lower_bounds needs members with stds"):
+        bound.build()(RewardPosterior(posterior.means))
+
+
+def test_named_draws_are_a_function_of_the_seed_and_the_posterior() -> None:
+    worst = partial(ObjectiveConfig, name="worst_case", uncertainty_set="samples")
+    posterior = random_posterior(batch=20_000)
+    first = worst().build()(posterior)
+    torch.manual_seed(5)  # a resumed run has another global state
+    assert torch.equal(first, worst().build()(posterior))
+    assert not torch.equal(first, worst(sample_seed=1).build()(posterior))
+    shifted = worst().build()(RewardPosterior(posterior.means + 1, posterior.stds))
+    assert (shifted - 1 - first).abs().max() > 0.5  # other rewards, other draws
+    # The minimum of noisier members is lower: the set counts what each member holds to be noise.
+    assert first.mean() < objectives.worst_case(posterior).mean() - 0.2
+
+
+def test_a_bad_bound_is_refused_when_the_options_are_read() -> None:
+    with pytest.raises(ValueError, match="coef must be finite"):
+        ObjectiveConfig(name="worst_case", uncertainty_set="lower_bound", bound_coef=-1.0)
 
 
 # Theory: Gaussian members around a true reward.

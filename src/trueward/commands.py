@@ -30,8 +30,9 @@ from trueward.evaluate.judges import ChatJudge, Judge, reward_judge
 from trueward.evaluate.overoptimization import best_of_n_curve, best_of_n_kl
 from trueward.evaluate.preferences import evaluate_preferences
 from trueward.evaluate.winrate import win_rate
-from trueward.lab.compare import CompareConfig, run_compare
+from trueward.lab.compare import run_compare
 from trueward.lab.demo import DemoConfig, run_demo
+from trueward.lab.plan import CompareConfig
 from trueward.models.policy import Policy
 from trueward.models.reward_function import Reward
 from trueward.models.reward_model import RewardModel

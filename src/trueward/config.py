@@ -6,7 +6,7 @@ import difflib
 import io
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -36,6 +36,8 @@ def parse(config_class: type[T], arguments: Sequence[str], *, command: str) -> T
     ]
     given = [*from_yaml, *rest]
     named = _named_parts(config_class, given)
+    if files:
+        _refuse_new_parts(named, _named_parts(config_class, from_yaml))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -70,6 +72,20 @@ def _named_parts(config_class: type, arguments: Sequence[str]) -> dict[str, dict
     return found
 
 
+def _refuse_new_parts(
+    named: Mapping[str, Mapping[str, Any]], in_file: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Refuse a name that the file lacks: on the command line beside a file it is a slip."""
+    for field, parts in named.items():
+        for name in parts:
+            if name not in in_file[field] and in_file[field]:
+                near = difflib.get_close_matches(name, in_file[field], n=1, cutoff=0.0)[0]
+                raise DataError(
+                    f"--{field}.{name}: the file has no '{name}' under '{field}'; the nearest that "
+                    f"it has is '{near}'."
+                )
+
+
 def _part_class(wanted: Any) -> type | None:
     """Return D of `dict[str, D]` where D is a dataclass."""
     if get_origin(wanted) is not dict:
@@ -80,15 +96,9 @@ def _part_class(wanted: Any) -> type | None:
 
 def _sentence(box: str) -> str:
     """Return what the argument parser's box says, as one sentence without frame and title."""
-    rows = [line.strip("│╭╮╰╯─- \t") for line in box.splitlines()[1:]]
+    rows = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()[1:]]
     helps = next((i for i, row in enumerate(rows) if "full helptext" in row), len(rows))
-    # Rows are stripped of their leading dashes too: an option's name gets them back.
-    said = " ".join(_with_dashes(row, box) for row in rows[:helps] if row)
-    return said.rstrip(".") + "."
-
-
-def _with_dashes(row: str, box: str) -> str:
-    return f"--{row}" if f"--{row}" in box else row
+    return " ".join(row for row in rows[:helps] if row).rstrip(".") + "."
 
 
 def _take(arguments: list[str], option: str) -> list[str]:

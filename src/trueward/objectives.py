@@ -68,6 +68,7 @@ def reward_robust(
     *,
     nominal_weight: float,
     min_level: Literal["sample", "batch"] = "sample",
+    nominal_reward: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " batch"]:
     """The reward-robust mix, `a * nominal + (1 - a) * worst case`, with `a = nominal_weight`.
 
@@ -81,6 +82,10 @@ def reward_robust(
         posterior: The rewards of the members.
         nominal_weight: In [0, 1]: 1 is `nominal` alone, 0 the worst case alone.
         min_level: Where the minimum over members is taken.
+        nominal_reward: Instead of `nominal(posterior)`: the members' mean, say, or the score of
+            the single-head model that BRME started from, on the members' scale. Needed where
+            `posterior` is an uncertainty set (`lower_bounds`, `sampled`), whose nominal reward is
+            that of the posterior it was made from.
     """
     if not 0.0 <= nominal_weight <= 1.0:
         raise ValueError(f"nominal_weight must lie in [0, 1], got {nominal_weight}.")
@@ -92,7 +97,45 @@ def reward_robust(
         lowest = posterior.means[:, member]
     else:
         raise ValueError(f'min_level must be "sample" or "batch", got {min_level!r}.')
-    return nominal_weight * nominal(posterior) + (1 - nominal_weight) * lowest
+    if nominal_reward is None:
+        nominal_reward = nominal(posterior)
+    elif nominal_reward.shape != lowest.shape:
+        raise ValueError(
+            f"nominal_reward must be one reward for each of the {len(posterior)} rows, got the "
+            f"shape {tuple(nominal_reward.shape)}."
+        )
+    return nominal_weight * nominal_reward.to(lowest) + (1 - nominal_weight) * lowest
+
+
+def lower_bounds(posterior: RewardPosterior, *, coef: float) -> RewardPosterior:
+    """The uncertainty set of lower bounds: each member at `mean_k - coef * std_k`, stds kept.
+
+    A posterior like any other, so that `worst_case(lower_bounds(posterior, coef=1.0))` is
+    `min_k (mean_k - std_k)`. One of three readings of the set in Yan et al. 2024
+    (https://arxiv.org/abs/2409.15360), beside the means themselves and `sampled`. Unlike
+    `lower_confidence_bound`, it counts each member's own std, not that between members.
+
+    Args:
+        posterior: The rewards of members that have stds.
+        coef: At least 0; 0 is the set of means.
+    """
+    _require_coef(coef)
+    stds = _required_stds(posterior, "lower_bounds")
+    return RewardPosterior(posterior.means - coef * stds, stds)
+
+
+def sampled(
+    posterior: RewardPosterior, *, generator: torch.Generator | None = None
+) -> RewardPosterior:
+    """The uncertainty set of draws: each member at one draw from its Gaussian, stds kept.
+
+    See `lower_bounds`. An objective of it is noisy: the same row gets another reward each time.
+
+    Args:
+        posterior: The rewards of members that have stds.
+        generator: Source of the draws, on the posterior's device.
+    """
+    return RewardPosterior(posterior.rsample(generator), _required_stds(posterior, "sampled"))
 
 
 def uncertainty_weighted(posterior: RewardPosterior, *, coef: float) -> Float[Tensor, " batch"]:
@@ -175,6 +218,15 @@ def robust_diagnostics(posterior: RewardPosterior) -> dict[str, float]:
 
 def _nominal_member(stds: Float[Tensor, "batch member"]) -> Int[Tensor, " batch"]:
     return stds.argmin(dim=1)
+
+
+def _required_stds(posterior: RewardPosterior, name: str) -> Float[Tensor, "batch member"]:
+    if posterior.stds is None:
+        raise ValueError(
+            f"{name} needs members with stds, as Gaussian heads have them: these have means alone, "
+            "which are the set to use."
+        )
+    return posterior.stds
 
 
 def _require_coef(coef: float) -> None:

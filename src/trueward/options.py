@@ -22,6 +22,7 @@ from trueward.refine.equivalence import (
     sentence_transformer,
     unrelated_threshold,
 )
+from trueward.train.loop import seed_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,15 @@ class ObjectiveConfig:
     coef: float = 0.5  # uncertainty_weighted, lower_confidence_bound
     temperature: float = 1.0  # entropic
     level: float = 0.25  # quantile
+    # What each member puts into the objective: its mean, `mean - bound_coef * std`, or a draw. The
+    # last two need Gaussian heads.
+    uncertainty_set: Literal["means", "lower_bound", "samples"] = "means"
+    bound_coef: float = 1.0  # lower_bound
+    sample_seed: int = 0  # samples: draws are a function of it and of the posterior
+    # reward_robust: the mean of the member with the lowest std, or that of all members. A third
+    # choice, the score of a single-head model, can only be handed in from Python
+    # (`objectives.reward_robust`): an objective known by name sees nothing but the posterior.
+    nominal: Literal["lowest_std", "mean"] = "lowest_std"
 
     def __post_init__(self) -> None:
         # Asked once of a made-up posterior, so that a bad number is refused before hours of work.
@@ -58,9 +68,7 @@ class ObjectiveConfig:
             "median": objectives.median,
             "nominal": objectives.nominal,
             "worst_case": objectives.worst_case,
-            "reward_robust": lambda p: objectives.reward_robust(
-                p, nominal_weight=self.nominal_weight, min_level=self.min_level
-            ),
+            "reward_robust": self._reward_robust,
             "uncertainty_weighted": lambda p: objectives.uncertainty_weighted(p, coef=self.coef),
             "lower_confidence_bound": lambda p: objectives.lower_confidence_bound(
                 p, coef=self.coef
@@ -68,7 +76,30 @@ class ObjectiveConfig:
             "entropic": lambda p: objectives.entropic(p, temperature=self.temperature),
             "quantile": lambda p: objectives.quantile(p, level=self.level),
         }
-        return builders[self.name]
+        objective = builders[self.name]
+        if self.name == "reward_robust" or self.uncertainty_set == "means":
+            return objective
+        return lambda posterior: objective(self._set_of(posterior))
+
+    def _set_of(self, posterior: RewardPosterior) -> RewardPosterior:
+        """Return the uncertainty set: what each member puts into the objective."""
+        if self.uncertainty_set == "lower_bound":
+            return objectives.lower_bounds(posterior, coef=self.bound_coef)
+        if self.uncertainty_set == "samples":
+            # No state that a resumed run would have lost, and other draws for other rows.
+            generator = torch.Generator(posterior.means.device)
+            generator.manual_seed(seed_of(self.sample_seed, posterior.means.tolist()))
+            return objectives.sampled(posterior, generator=generator)
+        return posterior
+
+    def _reward_robust(self, posterior: RewardPosterior) -> Tensor:
+        chosen = {"lowest_std": objectives.nominal, "mean": objectives.mean}[self.nominal]
+        return objectives.reward_robust(
+            self._set_of(posterior),
+            nominal_weight=self.nominal_weight,
+            min_level=self.min_level,
+            nominal_reward=chosen(posterior),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

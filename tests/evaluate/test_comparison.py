@@ -7,9 +7,12 @@ import torch
 
 from trueward.evaluate.calibration import expected_calibration_error
 from trueward.evaluate.comparison import (
+    MOST_RMS,
+    MethodFit,
     MethodRuns,
     SeedRun,
     fit_law,
+    kl_name,
     over_seeds,
     peak_place,
     peaks_at_end,
@@ -17,7 +20,7 @@ from trueward.evaluate.comparison import (
     summarise,
     win_rates,
 )
-from trueward.evaluate.overoptimization import best_of_n_law, rl_law
+from trueward.evaluate.overoptimization import OveroptimizationLaw, best_of_n_law, rl_law
 
 T3 = 4.302652729696142  # 97.5 % quantiles of Student's t, 2 degrees of freedom
 T2 = 12.706204736432095  # and 1
@@ -78,6 +81,24 @@ def test_one_seed_has_an_interval_over_prompts_and_says_so() -> None:
     assert without.mean == 1.0
     assert math.isnan(without.low)
     assert not without.over_prompts
+
+
+def test_figures_draw_the_range_of_few_seeds_and_the_interval_of_five() -> None:
+    few = over_seeds(method(*([0.0, g] for g in (1.0, 2.0, 6.0, 3.0))))[1].gold
+    assert (few.lowest, few.highest) == (1.0, 6.0)
+    assert few.band == (1.0, 6.0)
+    assert few.low < 1.0  # the interval is wider
+    five = over_seeds(method(*([0.0, g] for g in (1.0, 2.0, 6.0, 3.0, 3.0))))[1].gold
+    assert five.band == (five.low, five.high)
+    assert five.high == pytest.approx(3.0 + 2.776445 * math.sqrt(3.5 / 5))  # below 6
+    assert five.highest == 6.0
+    alone = over_seeds(method([0.0, 1.0]))[1].gold
+    assert (alone.lowest, alone.highest) == (1.0, 1.0)
+    assert all(map(math.isnan, alone.band))
+    base = method([0.0])
+    run = dataclasses.replace(base.runs[0], points=points([1.0], gold_sem=[0.1]))
+    over_prompts = over_seeds(dataclasses.replace(base, runs=[run]))[0].gold
+    assert over_prompts.band == (pytest.approx(1 - 0.196), pytest.approx(1 + 0.196))
 
 
 def test_a_seed_without_a_value_is_left_out_of_that_place_alone() -> None:
@@ -201,6 +222,18 @@ def test_a_summary_takes_the_exact_kl_before_k1_and_reads_the_rest_where_it_shou
     assert all(math.isnan(v) for v in (bare.kl_peak, bare.kl_end, bare.spread_end))
 
 
+def test_the_best_known_kl_is_the_exact_one_then_the_bound_then_k1() -> None:
+    curve = [0.0, 2.0]
+    every = {"kl_exact": [0.0, 1.0], "kl_bound": [0.0, 1.2], "kl_k1": [0.0, 0.9]}
+    for wanted in ("kl_exact", "kl_bound", "kl_k1"):
+        found = with_runs(method(curve), points=[points(curve, **every)])
+        assert kl_name(found) == wanted.replace("_", "/")
+        assert summarise(found).kl_end == every[wanted][1]
+        del every[wanted]
+    unknown = with_runs(method(curve), points=[points(curve, kl_exact=[NAN, NAN], kl_k2=curve)])
+    assert kl_name(unknown) == ""
+
+
 # --- the laws ---
 
 KL = [0.0, 0.5, 1.0, 3.0, 6.0, 10.0]
@@ -246,6 +279,39 @@ def test_a_law_passes_over_points_without_a_kl_and_is_none_where_it_cannot_be_fi
     assert fit_law(method()) is None
 
 
+@pytest.mark.parametrize(
+    ("alpha", "beta", "rms", "expected"),
+    [
+        (1.0, 0.5, 0.4, True),  # 20 % of the range of 2
+        (1.0, 0.5, 0.41, False),
+        (-0.1, 0.5, 0.0, False),  # never rises
+        (1.0, -0.1, 0.0, False),  # never falls
+        (0.0, 0.5, 0.0, False),
+        (1.0, 0.0, 0.0, False),
+    ],
+)
+def test_a_law_describes_a_curve_that_rises_falls_and_lies_near_it(
+    alpha: float, beta: float, rms: float, expected: bool
+) -> None:
+    law = OveroptimizationLaw(alpha=alpha, beta=beta, peak_kl=1.0, peak_gold=1.0, rms_error=rms)
+    fit = MethodFit(law=law, initial_gold=0.0, best_of_n=False, gold_range=2.0)
+    assert MOST_RMS == 0.2
+    assert fit.describes is expected
+
+
+def test_a_fitted_law_knows_the_range_of_its_curve() -> None:
+    gold = [0.0, 1.0, -1.0, 1.0, -1.0, 2.0]
+    zigzag = fit_law(fitted("rloo", gold, KL))
+    assert zigzag is not None
+    assert zigzag.gold_range == pytest.approx(3.0)
+    assert not zigzag.describes
+    law = rl_law(torch.tensor(KL, dtype=torch.float64), alpha=1.1, beta=0.5)
+    exact = fit_law(fitted("rloo", law.tolist(), KL))
+    assert exact is not None
+    assert exact.gold_range == pytest.approx(float(law.max()))
+    assert exact.describes
+
+
 # --- win rates ---
 
 
@@ -264,8 +330,21 @@ def test_win_rates_by_hand_ties_as_half_over_common_seeds() -> None:
     assert rates.mean.diagonal()[:2].tolist() == [0.5, 0.5]
     assert rates.seeds.tolist() == [[2, 2, 0], [2, 3, 0], [0, 0, 0]]
     assert bool(rates.mean[2].isnan().all() and rates.mean[:, 2].isnan().all())
-    # Student's t of two values would leave [0, 1].
-    assert (float(rates.low[0, 1]), float(rates.high[0, 1])) == (0.0, 1.0)
+    assert bool(rates.low.isnan().all() and rates.high.isnan().all())  # of two seeds
+
+
+def test_win_rates_of_three_seeds_have_an_interval_within_0_and_1() -> None:
+    a = with_runs(method(*[[0.0]] * 3), final_gold=[[1.0, 1.0], [1.0, 1.0], [1.0, -1.0]])
+    b = with_runs(method(*[[0.0]] * 3, name="b"), final_gold=[[0.0, 0.0]] * 3)
+    rates = win_rates([a, b])
+    # 1, 1, 1/2: mean 5/6, s / sqrt 3 = 1/6, and t 4.303.
+    assert float(rates.mean[0, 1]) == pytest.approx(5 / 6)
+    assert float(rates.low[0, 1]) == pytest.approx(5 / 6 - T3 / 6, rel=1e-6)
+    assert float(rates.high[0, 1]) == 1.0
+    assert (float(rates.low[1, 0]), float(rates.high[1, 0])) == (
+        0.0,
+        pytest.approx(1 / 6 + T3 / 6, rel=1e-6),
+    )
 
 
 def test_win_rates_have_mirrored_intervals_and_leave_out_nan() -> None:

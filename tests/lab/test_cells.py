@@ -85,7 +85,7 @@ def test_best_of_n_points_by_hand():
     assert [p["proxy"] for p in points] == pytest.approx([1.5, 14 / 6, 2.75, 3.0])
     assert points[-1]["length"] == 1.0
     assert points[0]["spread"] == 1.0  # population std of (x, x + 2)
-    assert points[-1]["kl/exact"] == pytest.approx(math.log(4) - 3 / 4)
+    assert points[-1]["kl/bound"] == pytest.approx(math.log(4) - 3 / 4)
     assert points[-1]["gold_sem"] == 0.0
     assert picks[0] == [0, 0]
     assert picks[1] == [0, 1]

@@ -7,20 +7,16 @@ from pathlib import Path
 import pytest
 
 from trueward.data.sources import DataError
-from trueward.lab.compare import (
-    CompareConfig,
-    cell_folder,
-    cell_tasks,
-    check,
-    long_steps,
-    read_methods,
-    run_compare,
-)
+from trueward.evaluate.comparison import SeedRun
+from trueward.lab import exact
+from trueward.lab.compare import long_steps, read_methods, run_compare
 from trueward.lab.demo import METHODS, DemoConfig, run_demo
 from trueward.lab.exact import ExactWorld
 from trueward.lab.grammar import GrammarWorld
 from trueward.lab.language import LanguageConfig
 from trueward.lab.methods import Method
+from trueward.lab.plan import CompareConfig, cell_folder, cell_tasks, check, scouting_tasks
+from trueward.lab.recorded import RecordedWorld
 from trueward.options import ObjectiveConfig
 
 CLOSED = Method(optimiser="closed_form")
@@ -56,7 +52,27 @@ TINY = LanguageConfig(
 WORLD = GrammarWorld(demonstrations_count=64, max_new_tokens=12)
 
 
-def test_the_exact_world_compared(tmp_path: Path):
+@pytest.fixture(autouse=True)
+def plain_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Drawing a page takes ten seconds: one test does, the others write what they were given."""
+    if "draws" in request.fixturenames:
+        return
+
+    def write(folder: str, methods: list, *, samples: list, **_: object) -> Path:
+        page = Path(folder) / "report.html"
+        cards = [c.label for row in samples for c in row.completions]
+        page.write_text(" ".join([*(m.name for m in methods if m.runs), *cards]))
+        return page
+
+    monkeypatch.setattr("trueward.lab.compare.comparison_report", write)
+
+
+@pytest.fixture
+def draws() -> None:
+    """Ask for the real page."""
+
+
+def test_the_exact_world_compared(tmp_path: Path, draws: None):
     summary = run_compare(replace(EXACT, output_dir=str(tmp_path)))
     assert list(summary["metrics"]) == ["single", "mean", "mix_4"]
     assert summary["metrics"]["mean"]["gold"] > summary["metrics"]["single"]["gold"]
@@ -113,6 +129,7 @@ def test_a_world_of_language_compared_resumes_to_the_same_numbers(tmp_path: Path
     assert "at its peak" in page
 
 
+@pytest.mark.slow
 def test_the_demo_is_a_comparison_of_one_seed(tmp_path: Path):
     config = DemoConfig(output_dir=str(tmp_path), seed=3, processes=1, world=WORLD, language=TINY)
     summary = run_demo(config)
@@ -121,35 +138,46 @@ def test_the_demo_is_a_comparison_of_one_seed(tmp_path: Path):
 
 
 def test_a_long_run_is_a_multiple_of_the_steps_at_which_the_baseline_peaks(tmp_path: Path):
-    config = CompareConfig(
-        output_dir=str(tmp_path),
-        methods={"single": Method()},
-        seeds=2,
-        language=LanguageConfig(steps=20, evaluate_every=5, long=4.0),
-    )
     curves = {0: [0.0, 3.0, 2.0, 1.0, 0.0], 1: [0.0, 1.0, 4.0, 1.0, 0.0]}  # mean peaks at 10
-    for seed, gold in curves.items():
-        _finished_cell(tmp_path / "scout" / "single" / f"seed-{seed}", seed, gold)
+    config = scouted(tmp_path, curves)
     assert long_steps(config, tmp_path) == 40
-    assert long_steps(replace(config, language=replace(config.language, long=1.3)), tmp_path) == 15
+    # Found once: seeds and methods that come later run as long as the others.
+    assert long_steps(replace(config, seeds=1, baseline="other"), tmp_path) == 40
 
 
-def test_a_baseline_that_has_not_peaked_leaves_the_length_as_it_is(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_length_is_rounded_up_to_a_whole_number_of_evaluations(tmp_path: Path):
+    config = scouted(tmp_path, {0: [0.0, 1.0, 4.0, 1.0, 0.0]}, long=1.3)
+    assert long_steps(config, tmp_path) == 15
+
+
+@pytest.mark.parametrize("gold", [[0.0, 1.0, 2.0, 3.0, 4.0], [4.0, 1.0, 2.0, 3.0, 3.0]])
+def test_without_a_peak_there_is_no_length_to_measure(tmp_path: Path, gold: list[float]):
+    with pytest.raises(DataError, match=r"highest at step (20|0) of 20.*language\.learning_rate"):
+        long_steps(scouted(tmp_path, {0: gold}), tmp_path)
+    assert not (tmp_path / "scout" / "steps.json").exists()
+
+
+def scouted(out: Path, curves: dict[int, list[float]], *, long: float = 4.0) -> CompareConfig:
+    """A comparison whose scouting cells are finished, with the given gold at steps 0, 5, ..."""
     config = CompareConfig(
-        output_dir=str(tmp_path),
+        output_dir=str(out),
         methods={"single": Method()},
-        seeds=1,
-        language=LanguageConfig(steps=20, evaluate_every=5, long=4.0),
+        seeds=len(curves),
+        grammar=WORLD,
+        language=replace(TINY, steps=20, evaluate_every=5, long=long),
+        processes=1,
     )
-    _finished_cell(tmp_path / "scout" / "single" / "seed-0", 0, [0.0, 1.0, 2.0, 3.0, 4.0])
-    assert long_steps(config, tmp_path) == 20
-    assert "has not peaked within 20 steps" in caplog.text
+    for task in scouting_tasks(config):
+        if not task.name.startswith("scout/"):
+            continue
+        lab, method, seed, steps, folder = task.arguments
+        lab.start(folder, config={"method": method, "steps": steps})
+        _finished_cell(folder, seed, curves[seed])
+    return config
 
 
 def _finished_cell(folder: Path, seed: int, gold: list[float]) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     points = [{"step": 5.0 * i, "gold": g, "gold_sem": 0.1, "proxy": 0.0, "length": 1.0}
               for i, g in enumerate(gold)]  # fmt: skip
     (folder / "result.json").write_text(
@@ -166,7 +194,12 @@ def _finished_cell(folder: Path, seed: int, gold: list[float]) -> None:
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"grammar": GrammarWorld(warmth=0.5)}, "`grammar` sets dials of another world"),
         ({"language": LanguageConfig(pairs=7)}, "`language` is for worlds of language"),
-        ({"methods": {"single": Method()}}, "'exact' has no optimiser 'rloo', only closed_form"),
+        (
+            {"methods": {"single": Method()}},
+            "methods.single: The exact world is optimised",
+        ),
+        ({"processes": -1}, "processes must be at least 0"),
+        ({"methods": {"single": replace(CLOSED, members=9)}}, "methods.single: "),
         ({"methods": {"a/b": CLOSED}, "baseline": "a/b"}, "must do as a folder's"),
     ],
 )
@@ -195,11 +228,59 @@ def test_every_recipe_of_a_comparison_parses():
         check(parse(CompareConfig, ["--config", str(recipe)], command="compare"))
 
 
-def test_a_failing_cell_is_named_and_the_others_are_reported(tmp_path: Path):
-    methods = {"single": CLOSED, "many": Method(optimiser="closed_form", members=9)}  # only 5
-    config = replace(EXACT, methods=methods, output_dir=str(tmp_path), seeds=1)
-    with pytest.raises(DataError, match=r"many/seed-0 failed \(.*failures\.txt has the traces"):
+@pytest.mark.parametrize("broken", ["mean", "single"])  # `single` is the baseline
+def test_a_failing_cell_is_named_and_the_others_are_reported(
+    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+):
+    run_cell = exact.run_cell
+
+    def breaks(world: ExactWorld, method: Method, seed: int) -> SeedRun:
+        if method == EXACT.methods[broken]:
+            raise RuntimeError("no luck")
+        return run_cell(world, method, seed)
+
+    monkeypatch.setattr(exact, "run_cell", breaks)
+    config = replace(EXACT, output_dir=str(tmp_path), seeds=1)
+    message = rf"{broken}/seed-0 failed \(RuntimeError: no luck\).*failures\.txt has the traces"
+    with pytest.raises(DataError, match=message):
         run_compare(config)
-    assert (tmp_path / "report.html").exists()
+    assert "mix_4" in (tmp_path / "report.html").read_text("utf-8")
     assert "Traceback" in (tmp_path / "failures.txt").read_text("utf-8")
     assert not (tmp_path / "summary.json").exists()
+    monkeypatch.setattr(exact, "run_cell", run_cell)
+    run_compare(config)
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_a_method_that_became_another_is_refused_not_shown_with_old_numbers(tmp_path: Path):
+    config = replace(EXACT, output_dir=str(tmp_path), seeds=1)
+    run_compare(config)
+    relabelled = config.methods | {"mean": replace(config.methods["mean"], label="another name")}
+    run_compare(replace(config, methods=relabelled))
+    redefined = config.methods | {"mean": replace(CLOSED, reward="random")}
+    with pytest.raises(DataError, match=r"mean/seed-0 failed .*method\.reward='learned'"):
+        run_compare(replace(config, methods=redefined))
+
+
+def test_recorded_answers_that_change_are_not_compared_with_old_ones(tmp_path: Path):
+    file = tmp_path / "answers.jsonl"
+
+    def write(gold: list[float]) -> None:
+        rows = [{"prompt": f"p{i}", "completions": ["a", "b b"], "gold": gold} for i in range(3)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write([0.0, 1.0])
+    config = CompareConfig(
+        output_dir=str(tmp_path / "out"),
+        world="recorded",
+        recorded=RecordedWorld(file=str(file)),
+        methods={"single": Method(reward="length", optimiser="best_of_n")},
+        seeds=1,
+        processes=1,
+    )
+    assert run_compare(config)["metrics"] == {"single": {"gold": 1.0}}
+    write([0.0, 0.25])
+    with pytest.raises(DataError, match=r"single/seed-0 failed .*inputs"):
+        run_compare(config)
+    with pytest.raises(DataError, match="Seeds change nothing about recorded answers"):
+        run_compare(replace(config, seeds=2))

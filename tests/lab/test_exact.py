@@ -114,7 +114,16 @@ def test_a_curve_ends_where_a_world_without_milder_betas_ends() -> None:
     whole, short = WORLD.open(seed=3).run(mix(0.4)), end_tables()[3].run(mix(0.4))
     assert whole.points[-1] == pytest.approx(short.points[-1], abs=1e-12)
     assert whole.final_gold == pytest.approx(short.final_gold, abs=1e-12)
-    assert whole.points[-1]["gold"] == pytest.approx(float(np.mean(whole.final_gold)), abs=1e-12)
+
+
+def test_final_gold_is_that_of_answers_drawn_from_the_policy_with_common_noise() -> None:
+    tables = end_tables()[:200]
+    drawn = np.array([np.mean(table.run(mix(0.4)).final_gold) for table in tables])
+    expected = np.array([table.run(mix(0.4)).points[-1]["gold"] for table in tables])
+    difference = drawn - expected
+    assert 0 < abs(difference.mean()) < 3 * difference.std(ddof=1) / math.sqrt(len(tables))
+    # The same noise for every policy: equal policies have equal answers.
+    assert tables[0].run(mix(0.4)).final_gold == tables[0].run(mix(0.4)).final_gold
 
 
 def by_loops(seed: int, nominal_weight: float, beta: float) -> tuple[float, float, float]:

@@ -203,7 +203,8 @@ def test_sizes_that_compare_nothing_are_refused():
     ("options", "message"),
     [
         ({"members": 0}, "members must be at least 1, got 0"),
-        ({"reward": "gold", "members": 5}, "reward=gold has neither"),
+        ({"reward": "gold", "members": 5}, "reward=gold has none of them"),
+        ({"reward": "gold", "family": "heads"}, "reward=gold has none of them"),
         ({"optimiser": "best_of_n", "kl_coef": 0.1}, "kl_coef is for trained policies"),
         ({"epochs_scale": 0.0}, "epochs_scale must be above 0"),
         ({"kl_coef": -1.0}, "kl_coef must be at least 0"),

@@ -81,7 +81,7 @@ def test_best_of_n_by_hand(tmp_path: Path) -> None:
     assert column(run, "gold_sem") == pytest.approx(
         [abs(x - y) / 2 for x, y in zip(a, b, strict=True)]
     )
-    assert column(run, "kl/exact") == pytest.approx([best_of_n_kl(n) for n in (1, 2, 3, 4)])
+    assert column(run, "kl/bound") == pytest.approx([best_of_n_kl(n) for n in (1, 2, 3, 4)])
     # Proxy at n = 1: means .25 and 3; at n = 4: maxima .4 and 9.
     assert column(run, "proxy")[0] == 0.0
     assert column(run, "proxy")[-1] == pytest.approx((0.4 + 9) / 2 - (0.25 + 3) / 2)

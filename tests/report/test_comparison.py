@@ -10,15 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from trueward.evaluate.comparison import MethodRuns, SeedRun
-from trueward.report.comparison import (
-    _law,
-    _shown,
-    _x_range,
-    _y_range,
-    comparison_report,
-    rich_comparison_table,
-)
-from trueward.report.figures import Curve
+from trueward.report.comparison import comparison_report, rich_comparison_table
 from trueward.report.html import (
     Completion,
     FigureHtml,
@@ -51,6 +43,7 @@ def method(
             row = {place: STEPS[i] + (place == "n"), "gold": gold + 0.2 * seed, "gold_sem": 0.1}
             if full:
                 kl = {"kl/exact": 1.0 * i * i, "kl/k1": 1.1 * i * i, "kl/k3": 1e9 * i}
+                kl = {"kl/bound": 1.0 * i * i} if place == "n" else kl
                 row |= kl | {"proxy": 3.0 * i, "spread": 0.1 * i, "agreement": 0.8, "length": 9.0}
             rows.append(row)
         shift = 0.1 * len(reward or name)
@@ -85,6 +78,7 @@ def table(page: str, number: int) -> tuple[list[str], list[list[str]]]:
     """The header and the rows of the page's n-th table, as text."""
     part = page.split(f'id="table-{number}"')[1].split("</table>")[0]
     head = re.findall(r"<button[^>]*>([^<]*)<", part)
+    head = [unescape(h).replace("\n", " ") for h in head]
     body = part.split("<tbody>")[1].split("</tr>")[:-1]
     cells = [[unescape(c) for c in re.findall(r"<t[hd][^>]*>([^<]*)<", row)] for row in body]
     return head, cells
@@ -102,13 +96,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
     answer = Completion(text="the dog runs .", label="before", scores={"gold": 1.0})
     methods = [
-        method("one", label="single <reward>", reward="shared"),
+        method("one", label="single <reward>", reward="shared", weight=1.0),
         method("two", label="mix", golds=[0.0, 1.0, 2.0, 2.5], weight=0.0),
-        method("three", weight=0.5),
+        method("three", optimiser="ppo"),
         method("bon", optimiser="best_of_n", reward="shared"),
+        method("bon_mix", optimiser="best_of_n", golds=[0.0, 0.5, 0.75, 1.0]),
     ]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("trueward.report.comparison.save_figure", keep)  # its files take seconds
+        patched.setattr("trueward.report.keeper.save_figure", keep)  # its files take seconds
         page = report(folder, methods, samples=[SampleRow(prompt="a dog ?", completions=[answer])])
     return folder, page
 
@@ -116,18 +111,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_sections_stand_in_their_order(whole: tuple[Path, str]) -> None:
     assert headings(whole[1]) == [
         "Results",
+        "Answers side by side",
         "Gold and proxy reward: trained policies",
         "Gold and proxy reward: best-of-n",
-        "Fitted laws",
         "Gold over the course of optimisation",
-        "Estimators of the KL",
         "Peak and end",
+        "The weight of the nominal reward",
         "Spread between the members",
         "Agreement of the proxy with gold",
         "Reliability of the rewards",
-        "The weight of the nominal reward",
         "Win rates",
-        "Answers side by side",
+        "Fitted laws",
+        "Estimators of the KL",
         "Configuration",
     ]
 
@@ -148,10 +143,12 @@ def test_every_figure_of_the_page_is_kept(whole: tuple[Path, str]) -> None:
     assert {path.removeprefix("figures/") for path in kept} == {
         "gold_trained_policies",
         "gold_and_proxy_trained_policies",
+        "gold_best_of_n",
         "gold_and_proxy_best_of_n",
         "gold_over_step_trained_policies",
         "gold_over_n_best_of_n",
-        "kl_estimators",
+        "kl_estimators_one",
+        "kl_estimators_three",
         "peak_and_end",
         "spread_over_step_trained_policies",
         "spread_over_n_best_of_n",
@@ -165,41 +162,78 @@ def test_every_figure_of_the_page_is_kept(whole: tuple[Path, str]) -> None:
 
 def test_the_table_has_means_intervals_and_paired_differences(whole: tuple[Path, str]) -> None:
     head, rows = table(whole[1], 1)
-    assert [h.replace("\n", " ") for h in head] == [
+    assert head == [
         "method",
         "gold at the end",
-        "less the baseline",
+        "difference to the baseline",
         "gold at its peak",
-        "peak at",
+        "peak at step",
         "drop",
         "KL at end",
         "proxy at end",
-        "words",
-        "seconds a cell",
-    ]
+    ]  # everyone writes nine words and takes a minute
     # Two seeds at 0.5 and 0.7: t is 12.706, s / sqrt 2 is 0.1.
     end, peak = "0.60 ± 1.27", "2.10 ± 1.27"
     assert rows[0] == [
-        "single <reward>", end, "–", peak, "20", "1.50 ± 0.00", "9.0", "9.00", "9.0", "60"
+        "single <reward>", end, "–", peak, "20", "1.50 ± 0.00", "9.0", "9.00"
     ]  # fmt: skip
-    assert rows[1][:6] == ["mix", "2.60 ± 1.27", "2.00 ± 0.00", "2.60 ± 1.27", "40", "0.00 ± 0.00"]
-    assert "Highest at the end, so perhaps not yet at its peak: mix." in whole[1]
+    assert rows[1][:6] == ["mix", "2.60 ± 1.27", "2.00 ± 0.00", "2.60 ± 1.27", "40", "–"]
+    assert "Where it is the last place there is no drop" in whole[1]
+
+
+def test_a_family_without_the_baseline_has_its_own_table_and_is_compared_with_its_first(
+    whole: tuple[Path, str],
+) -> None:
+    head, rows = table(whole[1], 2)
+    assert head[4] == "peak at n"
+    assert [row[:6] for row in rows] == [
+        ["bon", "0.60 ± 1.27", "–", "2.10 ± 1.27", "21", "1.50 ± 0.00"],
+        ["bon_mix", "1.10 ± 1.27", "0.50 ± 0.00", "1.10 ± 1.27", "41", "–"],
+    ]
+    notes = re.findall(r'<div class="notes"><p>(.*?)</p>', whole[1])
+    assert "The baseline is single &lt;reward&gt;; differences to it" in notes[0]
+    assert notes[0].endswith("KL in nats a completion (exact).")
+    assert notes[1] == (
+        "The baseline is not among these: bon serves in its place; differences to it and drops are "
+        "paired. KL in nats a completion (bound)."
+    )
+
+
+def test_the_glossary_stands_before_the_first_section(whole: tuple[Path, str]) -> None:
+    head = whole[1].split("<section")[0]
+    assert "<summary>What the words mean</summary>" in head
+    assert len(re.findall(r"<dt>", head)) == 10
+
+
+def test_axes_say_which_kl_and_captions_what_the_bands_are(whole: tuple[Path, str]) -> None:
+    page = whole[1]
+    # Panels of three and two methods, and the overviews.
+    assert page.count(">KL (nats, exact)</text>") == 3 + 1
+    assert page.count(">KL (nats, bound)</text>") == 2 + 1
+    assert "Solid: gold reward; band: the lowest to the highest seed." in page
+    assert "Dot: the end; line: the lowest to the highest seed." in page
+    assert "gold is about d (α − β log d), with d = √KL" in page
+    assert "gold is about d (α − β d), with d = √KL" in page
 
 
 def test_a_shared_reward_is_drawn_once_with_its_methods_named(whole: tuple[Path, str]) -> None:
     _, rows = table(whole[1], 3)
-    assert [row[0] for row in rows] == ["single <reward>; bon", "mix", "three"]
-    assert [row[-1] for row in rows] == ["6", "6", "6"]
+    names = ["single <reward>; bon", "mix", "three", "bon_mix"]
+    assert [row[0] for row in rows] == names
+    assert [row[-1] for row in rows] == ["6"] * 4
     # p = 0.3, 0.2, 0.6 for true, false, false: one of three is right.
     assert rows[0][1] == "0.33 ± 0.00"
 
 
 def test_win_rates_are_a_table_of_row_against_column(whole: tuple[Path, str]) -> None:
-    head, rows = table(whole[1], 4)
-    assert head == ["row against column", "1", "2", "3", "4"]
-    # Two of three answers tie, and a longer name has more gold in the third.
-    assert rows[0] == ["1  single <reward>", "–", "50 ± 0", "33 ± 0", "50 ± 0"]
-    assert rows[2][1] == "67 ± 0"
+    part = whole[1].split("<summary>The win rates as a table</summary>")[1]
+    number = int(re.findall(r"Table (\d+)", part)[0])
+    head, rows = table(whole[1], number)
+    assert head == ["row against column", "1", "2", "3", "4", "5"]
+    # Two of three answers tie, and a longer name has more gold in the third; of two seeds there is
+    # no interval.
+    assert rows[0] == ["1  single <reward>", "–", "50", "33", "50", "33"]
+    assert rows[2][1] == "67"
 
 
 def test_the_numbers_can_be_read_by_a_machine(whole: tuple[Path, str]) -> None:
@@ -214,7 +248,11 @@ def test_the_numbers_can_be_read_by_a_machine(whole: tuple[Path, str]) -> None:
     assert first["drop"]["mean"] == pytest.approx(1.5)
     assert [p["gold"]["mean"] for p in first["curve"]] == pytest.approx([0.1, 1.1, 2.1, 0.6])
     assert first["fit"]["law"]["beta"] > 0
-    assert found["win_rates"]["names"] == ["one", "two", "three", "bon"]
+    assert (first["fit"]["describes"], second["fit"]["describes"]) == (False, True)
+    assert (first["gold_end"]["lowest"], first["gold_end"]["highest"]) == (0.5, 0.7)
+    assert found["methods"][4]["compared_with"] == "bon"
+    assert found["methods"][4]["family"] == "best-of-n"
+    assert found["win_rates"]["names"] == ["one", "two", "three", "bon", "bon_mix"]
     assert found["win_rates"]["mean"][2][0] == pytest.approx(2 / 3)
     assert found["reliability"][0]["methods"] == ["single <reward>", "bon"]
 
@@ -231,7 +269,7 @@ def test_sections_without_data_are_left_out_and_methods_without_runs_named(
         "Configuration",
     ]
     head, rows = table(page, 1)
-    assert [h.replace("\n", " ") for h in head] == [
+    assert head == [
         "method",
         "gold at the end",
         "gold at its peak",
@@ -254,50 +292,6 @@ def test_an_unknown_baseline_or_no_run_at_all_is_refused(tmp_path: Path) -> None
         report(tmp_path, [MethodRuns(name="a", label="", optimiser="ppo", runs=[])])
 
 
-def test_methods_of_one_label_are_told_apart() -> None:
-    methods = [method("a", label="mix"), method("b", label="mix"), method("c")]
-    assert [s.name for s in _shown(methods, methods[0])] == ["mix (a)", "mix (b)", "c"]
-
-
-def test_colours_come_again_dashed_and_each_family_has_the_palette_to_itself() -> None:
-    methods = [method(f"m{i}", full=False) for i in range(9)]
-    shown = _shown([*methods, method("n", optimiser="best_of_n")], methods[0])
-    assert [s.dashed for s in shown] == [False] * 8 + [True, False]
-    assert shown[8].color == shown[0].color == shown[9].color
-    assert len({s.color for s in shown[:8]}) == 8
-
-
-def test_axes_leave_gold_readable_whatever_the_proxy_does() -> None:
-    gold = Curve(name="g", x=[0.0, 4.0], y=[0.0, 2.0], low=[0.0, -90.0], high=[0.0, 90.0])
-    calm = Curve(name="p", x=[0.0, 4.0], y=[0.0, 2.5])
-    wild = Curve(name="p", x=[0.0, 4.0], y=[0.0, 50.0])
-    alone = Curve(name="g", x=[0.0, 4.0], y=[0.0, 2.0])
-    (low, high), cut = _y_range([(alone, calm)])
-    assert (low, high, cut) == (pytest.approx(-0.1), pytest.approx(2.6), False)
-    (low, high), cut = _y_range([(gold, wild)])
-    assert cut
-    assert (low, high) == (pytest.approx(-0.5 - 0.14), pytest.approx(3.0 + 0.14))
-    assert _x_range([gold]) == (0.0, pytest.approx(4 * 1.03**2))
-    assert _x_range([Curve(name="g", x=[-1.0, 0.0], y=[0.0, 0.0])]) == (-1.0, 1.0)
-
-
-def test_the_law_is_drawn_on_to_a_predicted_peak_in_sight_alone() -> None:
-    methods = [method("a", golds=[0.0, 1.0, 1.5, 1.7])]
-    (one,) = _shown(methods, methods[0])
-    assert one.fit is not None
-    peak = one.fit.law.peak_kl
-    assert 9 < peak < 40
-    seen = _law(one, (0.0, 100.0), (-1.0, 3.0))
-    assert seen is not None
-    assert seen[1] == (peak, one.fit.peak_gold)
-    assert max(seen[0].x) == pytest.approx(1.1 * peak)
-    assert max(seen[0].y) == pytest.approx(one.fit.peak_gold, abs=1e-3)
-    hidden = _law(one, (0.0, 9.5), (-1.0, 3.0))
-    assert hidden is not None
-    assert hidden[1] is None
-    assert max(hidden[0].x) == pytest.approx(9.0)
-
-
 # --- the terminal ---
 
 
@@ -316,6 +310,9 @@ def test_the_terminals_table_bears_methods_that_are_not_there_yet() -> None:
     lines = {line.split("│")[1].strip(): line for line in text.splitlines() if "│" in line}
     cells = [cell.strip() for cell in lines["single"].split("│")[1:-1]]
     assert cells == ["single", "2", "0.60 ± 1.27", "2.10 ± 1.27", "1.50 ± 0.00", "9.0", "60.0"]
+    rising = printed([method("a", golds=[0.0, 1.0, 2.0, 3.0])], "a")
+    row = next(line for line in rising.splitlines() if "3.10" in line)
+    assert row.split("│")[5].strip() == "–"
     assert [c.strip() for c in lines["[bold]waiting"].split("│")[2:-1]] == ["0", *["–"] * 5]
     assert [c.strip() for c in lines["r"].split("│")[2:-1]] == ["2", *["–"] * 5]
     assert "method 'r' has other places in seed 1 than in seed 0" in " ".join(text.split())
@@ -349,9 +346,11 @@ def test_a_kl_that_explodes_does_not_flatten_the_others(
     def keep(figure: Figure, path: Path) -> None:
         drawn[path.name] = figure
 
-    monkeypatch.setattr("trueward.report.comparison.save_figure", keep)
+    monkeypatch.setattr("trueward.report.keeper.save_figure", keep)
     report(tmp_path, [method("a")])
-    axes = drawn["kl_estimators"].axes[0]
+    axes = drawn["kl_estimators_a"].axes[0]
     assert axes.get_ylim()[1] == pytest.approx(3 * 9.9)
     assert [len(line.get_ydata()) for line in axes.lines] == [4, 4, 4]
+    assert [line.is_dashed() for line in axes.lines] == [False, False, True]  # the exact one on top
+    assert axes.lines[-1].get_ydata().tolist() == [0.0, 1.0, 4.0, 9.0]
     assert not math.isnan(axes.get_ylim()[0])

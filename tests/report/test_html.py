@@ -1,23 +1,19 @@
-import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from trueward.report.figures import Curve, curve_figure, to_svg
+from trueward.report.figures import Curve, curve_figure
 from trueward.report.html import (
-    Cell,
     Completion,
     Details,
     FigureHtml,
     SampleRow,
     Section,
     Table,
-    column_decimals,
-    format_number,
-    is_number_column,
     render_report,
 )
+from trueward.report.svg import to_svg
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 
@@ -212,66 +208,28 @@ def test_the_same_content_gives_the_same_page() -> None:
     assert page() == page()
 
 
-@pytest.mark.parametrize(
-    ("value", "decimals", "expected"),
-    [
-        (None, None, "–"),
-        ("as it is", None, "as it is"),
-        (True, None, "yes"),
-        (12345, None, "12345"),
-        (-3, None, "−3"),
-        (0.12345, None, "0.123"),
-        (12.345, None, "12.35"),
-        (1234.56, None, "1234.6"),
-        (0.00012, None, "1.20e−04"),
-        (2.5e7, None, "2.50e+07"),
-        (-0.0, 3, "0.000"),
-        (0.0, None, "0"),
-        (1.0, 2, "1.00"),
-        (0.0001, 3, "1.00e−04"),  # never 0.000 for what is not zero
-        (math.nan, 3, "NaN"),
-        (-math.inf, None, "−∞"),
-    ],
-)
-def test_numbers_are_printed_for_reading(value: Cell, decimals: int | None, expected: str) -> None:
-    assert format_number(value, decimals) == expected
-
-
-@pytest.mark.parametrize(
-    ("cells", "expected"),
-    [
-        ([0.5, -9.0], 3),
-        ([0.5, 10.0], 2),
-        ([99.5, 100.0], 1),
-        ([1, 2], None),  # whole numbers have none
-        ([1e-5, 1.0], None),  # too far apart for one
-        ([math.nan, None, "a"], None),
-    ],
-)
-def test_the_numbers_of_a_column_share_their_decimals(
-    cells: list[Cell], expected: int | None
-) -> None:
-    assert column_decimals(cells) == expected
-
-
-@pytest.mark.parametrize(
-    ("cells", "expected"),
-    [
-        ([1, 2.5, None], True),
-        (["0.61 ± 0.02", "−0.2 [-0.3, -0.1]"], True),
-        (["[0.84, 0.86]"], True),
-        (["01_sft", "02_reward"], False),
-        (["7 methods"], False),
-        ([1.0, "none"], False),
-        ([None, ""], False),
-        ([], False),
-    ],
-)
-def test_a_column_of_numbers_is_told_from_one_of_names(cells: list[Cell], expected: bool) -> None:
-    assert is_number_column(cells) is expected
-
-
 def test_an_empty_completion_says_so() -> None:
     text = page()
     assert text.count("(empty)") == 1
     assert "<dt>proxy</dt><dd>−2</dd>" in text
+
+
+def test_a_preface_opens_terms_and_a_detail_a_table_that_is_counted() -> None:
+    table = Table(columns=["row", "1"], rows=[["a", "50 [40, 60]"]], caption="Folded.")
+    text = render_report(
+        title="t",
+        lead="l",
+        preface=[Details(summary="Words", terms={"gold <b>": "What `counts`."})],
+        sections=[
+            Section(title="s", tables=[table], details=[Details(summary="More", table=table)])
+        ],
+    )
+    Page(text)
+    head, body = text.split("</header>")
+    assert "<summary>Words</summary>" in head
+    assert "<dt>gold &lt;b&gt;</dt><dd><p>What <code>counts</code>.</p></dd>" in head
+    folded = body.split("<details>")[1].split("</details>")[0]
+    assert folded.startswith("<summary>More</summary>")
+    assert "<b>Table 2.</b>" in folded
+    assert 'data-key="50"' in folded
+    assert "<pre" not in text

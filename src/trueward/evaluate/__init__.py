@@ -26,6 +26,12 @@ from trueward.evaluate.comparison import (
     summarise,
     win_rates,
 )
+from trueward.evaluate.diagnosis import (
+    Diagnosis,
+    DiagnosisTable,
+    diagnose,
+    diagnosis_table,
+)
 from trueward.evaluate.judges import (
     ChatJudge,
     Judge,
@@ -34,6 +40,7 @@ from trueward.evaluate.judges import (
     function_judge,
     reward_judge,
 )
+from trueward.evaluate.out_of_distribution import OUT_OF_DISTRIBUTION
 from trueward.evaluate.overoptimization import (
     OveroptimizationLaw,
     OveroptimizationSummary,
@@ -63,7 +70,10 @@ from trueward.evaluate.winrate import (
 )
 
 __all__ = [
+    "OUT_OF_DISTRIBUTION",
     "ChatJudge",
+    "Diagnosis",
+    "DiagnosisTable",
     "Estimate",
     "Interval",
     "Judge",
@@ -88,6 +98,8 @@ __all__ = [
     "best_of_n_law",
     "bootstrap_interval",
     "brier_score",
+    "diagnose",
+    "diagnosis_table",
     "evaluate_preferences",
     "expected_calibration_error",
     "fit_best_of_n_law",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,10 @@ from trueward.evaluate.preferences import mean_interval
 
 Point = dict[str, float]
 PLACES = ("step", "n", "1/beta")  # the keys that say how far a point's policy was optimised
+KLS = ("kl/exact", "kl/bound", "kl/k1")  # the first that a method knows is its KL
+SEEDS_FOR_INTERVAL = 5  # with fewer, figures show the lowest and the highest seed
+MOST_RMS = 0.2  # of a curve's range of gold: a law further off does not describe it
+_SEEDS_FOR_WIN_INTERVAL = 3
 _NORMAL_95 = 1.96
 
 
@@ -35,8 +39,9 @@ class SeedRun:
     `points` are in order of optimisation, from the reference policy on, and have the same places in
     every seed of a method. Keys: the place (`step`, `n` or `1/beta`), `gold`, `gold_sem` (over
     prompts), `proxy`, `length` (words), and where known `kl/exact`, `kl/k1`, `kl/k2`, `kl/k3` (nats
-    a completion; best-of-n: `kl/exact` is `log n - (n-1)/n`), `spread` (std between members, mean
-    over answers), `agreement` (of proxy with gold on pairs of the policy's own answers).
+    a completion; best-of-n has `kl/bound` instead, `log n - (n-1)/n`, exact without ties and an
+    upper bound with them), `spread` (std between members, mean over answers), `agreement` (of proxy
+    with gold on pairs of the policy's own answers).
     """
 
     seed: int
@@ -62,12 +67,15 @@ class MethodRuns:
 class Estimate:
     """A mean over seeds with its 95 % interval (Student's t); NaN where there is none.
 
-    Seeds without a finite value are left out; `seeds` says how many are in.
+    Seeds without a finite value are left out; `seeds` says how many are in, `lowest` and `highest`
+    how far they lie apart.
     """
 
     mean: float
     low: float = math.nan
     high: float = math.nan
+    lowest: float = math.nan
+    highest: float = math.nan
     seeds: int = 0
     over_prompts: bool = False  # one seed alone: the interval is over its prompts, not over seeds
 
@@ -75,6 +83,16 @@ class Estimate:
     def half_width(self) -> float:
         """Half of the interval's width: what stands after the plus-minus sign."""
         return (self.high - self.low) / 2
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """What figures draw around the mean: the interval, or the seeds' range where they are few.
+
+        With two seeds Student's t is 12.7: the interval would leave the figure.
+        """
+        if 1 < self.seeds < SEEDS_FOR_INTERVAL:
+            return self.lowest, self.highest
+        return self.low, self.high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +122,7 @@ class MethodSummary:
     gold_end: Estimate
     drop: Estimate  # gold at the peak less gold at the end, paired by seed
     less_baseline: Estimate | None  # gold at the end less the baseline's, paired over common seeds
-    kl_name: str  # kl/exact or kl/k1; empty where neither is known
+    kl_name: str  # one of `KLS`; empty where none is known
     kl_peak: float
     kl_end: float
     proxy_end: Estimate
@@ -124,6 +142,18 @@ class MethodFit:
     law: OveroptimizationLaw
     initial_gold: float  # of the reference policy, where the law is 0
     best_of_n: bool  # which of the two laws
+    gold_range: float  # highest less lowest gold of the curve
+
+    @property
+    def describes(self) -> bool:
+        """Whether the law describes the curve, so that its peak means something.
+
+        It must rise and fall (`alpha > 0`, `beta > 0`), and miss the points by at most `MOST_RMS`
+        of their range. The two parameters always have a least-squares solution, and with `beta > 0`
+        always a peak: of a curve that has another form, both say nothing.
+        """
+        law = self.law
+        return law.alpha > 0 and law.beta > 0 and law.rms_error <= MOST_RMS * self.gold_range
 
     @property
     def peak_gold(self) -> float:
@@ -143,7 +173,7 @@ class WinRates:
     """How often the row's answer has more gold than the column's answer to the same prompt.
 
     NaN where a method has no `final_gold`, or two methods have no seed in common; intervals are
-    over seeds and need two.
+    over seeds (Student's t, cut at 0 and 1) and need three: of two they say nothing.
     """
 
     names: tuple[str, ...]
@@ -232,8 +262,8 @@ def places_of(method: MethodRuns) -> list[float]:
 
 
 def kl_name(method: MethodRuns) -> str:
-    """Return the key of the best KL that a method has: exact, else k1; empty without both."""
-    for key in ("kl/exact", "kl/k1"):
+    """Return the key of the best KL that a method has, the first of `KLS`; empty without any."""
+    for key in KLS:
         if any(math.isfinite(p.get(key, math.nan)) for run in method.runs for p in run.points):
             return key
     return ""
@@ -327,7 +357,13 @@ def fit_law(method: MethodRuns) -> MethodFit | None:
         torch.tensor([g for _, g in known], dtype=torch.float64),
         initial_gold=gold[0],
     )
-    return MethodFit(law=law, initial_gold=gold[0], best_of_n=best_of_n)
+    golds = [g for _, g in known]
+    return MethodFit(
+        law=law,
+        initial_gold=gold[0],
+        best_of_n=best_of_n,
+        gold_range=max(golds) - min(golds),
+    )
 
 
 def win_rates(methods: Sequence[MethodRuns]) -> WinRates:
@@ -355,8 +391,9 @@ def win_rates(methods: Sequence[MethodRuns]) -> WinRates:
             rates = [(1 + torch.sign(row[s] - column[s]).nanmean()) / 2 for s in common]
             found = _estimate(torch.stack(rates) if rates else torch.empty(0, dtype=torch.float64))
             mean[i, j], mean[j, i] = found.mean, 1 - found.mean
-            low[i, j], high[i, j] = max(found.low, 0.0), min(found.high, 1.0)
-            low[j, i], high[j, i] = 1 - high[i, j], 1 - low[i, j]
+            if found.seeds >= _SEEDS_FOR_WIN_INTERVAL:
+                low[i, j], high[i, j] = max(found.low, 0.0), min(found.high, 1.0)
+                low[j, i], high[j, i] = 1 - high[i, j], 1 - low[i, j]
             seeds[i, j] = seeds[j, i] = found.seeds
         if row:
             mean[i, i] = 0.5
@@ -369,8 +406,9 @@ def win_rates(methods: Sequence[MethodRuns]) -> WinRates:
 def pooled_reliability(method: MethodRuns, *, bins: int = 10) -> PooledReliability | None:
     """Return how far a method's reward knows its own chance of being right; None without pairs.
 
-    The event is "the first answer has more gold", in pairs whose order does not depend on gold
-    (see `expected_calibration_error` on why this matters).
+    The outcomes are the annotator's choices: the event is "the annotator prefers the first answer",
+    in pairs whose order does not depend on the choice (see `expected_calibration_error` on why this
+    matters).
 
     Raises:
         ValueError: A run has not one outcome for each probability, or a probability is none.
@@ -412,14 +450,19 @@ def _estimate(
     known = values[finite]
     if known.numel() == 0:
         return Estimate(mean=math.nan)
-    mean = float(known.double().mean())
+    found = Estimate(
+        mean=float(known.double().mean()),
+        lowest=float(known.min()),
+        highest=float(known.max()),
+        seeds=known.numel(),
+    )
     if known.numel() > 1:
         low, high = mean_interval(known)
-        return Estimate(mean=mean, low=low, high=high, seeds=known.numel())
+        return replace(found, low=low, high=high)
     half = _NORMAL_95 * float(sems[finite]) if sems is not None else math.nan
     if not math.isfinite(half):
-        return Estimate(mean=mean, seeds=1)
-    return Estimate(mean=mean, low=mean - half, high=mean + half, seeds=1, over_prompts=True)
+        return found
+    return replace(found, low=found.mean - half, high=found.mean + half, over_prompts=True)
 
 
 def _values(method: MethodRuns, key: str) -> Float[Tensor, "seed place"]:

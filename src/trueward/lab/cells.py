@@ -17,7 +17,6 @@ from trueward.evaluate.overoptimization import (
     best_of_n_kl,
     best_of_n_sizes,
 )
-from trueward.evaluate.preferences import pair_rewards
 from trueward.lab.language import (
     Lab,
     RewardOf,
@@ -30,7 +29,7 @@ from trueward.lab.language import (
     scale_of,
 )
 from trueward.lab.methods import Method
-from trueward.lab.worlds import words_of
+from trueward.lab.worlds import stated_and_chosen, words_of
 from trueward.losses.policy import kl_estimate
 from trueward.models.policy import Policy, exact_token_kl
 from trueward.posterior import RewardPosterior
@@ -52,7 +51,10 @@ class Judged(NamedTuple):
 
 
 def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path) -> None:
-    """Optimise a policy against the method's reward, and measure it as it goes."""
+    """Optimise a policy against the method's reward, and measure it as it goes.
+
+    PPO's critic starts from the reference policy with a zero head, whatever the reward is.
+    """
     run = lab.start(folder, config={"method": method, "steps": steps})
     if run is None:
         return
@@ -78,21 +80,22 @@ def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path)
         write_evaluation(folder, step, point, judged, every=sampling.n)
         return {f"evaluation/{key}": value for key, value in point.items()}
 
-    policy = Policy(copy.deepcopy(world.policy.model), world.policy.tokenizer)
-    if not (folder / "training").exists():
-        evaluate(policy, 0)
-    train_policy(
-        policy,
-        reward.posterior,
-        world.prompts(config.training_prompts, seed=seed_of(seed, "training")),
-        policy_config(lab, world, seed, method, steps=steps),
-        objective=objective,
-        output_dir=folder / "training",
-        evaluation=evaluate,
-    )
+    probabilities, outcomes = held_out_reliability(lab, seed, reward, objective)
+    if finished_summary(folder / "training") is None:
+        policy = Policy(copy.deepcopy(world.policy.model), world.policy.tokenizer)
+        if not (folder / "training").exists():
+            evaluate(policy, 0)
+        train_policy(
+            policy,
+            reward.posterior,
+            world.prompts(config.training_prompts, seed=seed_of(seed, "training")),
+            policy_config(lab, world, seed, method, steps=steps),
+            objective=objective,
+            output_dir=folder / "training",
+            evaluation=evaluate,
+        )
     trained = finished_summary(folder / "training")
     assert trained is not None
-    probabilities, outcomes = held_out_reliability(lab, seed, reward, objective)
     result = SeedRun(
         seed=seed,
         points=centred(read_points(folder)),
@@ -213,7 +216,7 @@ def best_of_n_points(
     curves = {k: best_of_n_curves_per_prompt(proxy, v, ns) for k, v in columns.items()}
     points, picks = [], []
     for i, n in enumerate(ns):
-        point = {"n": float(n), "kl/exact": best_of_n_kl(n)}
+        point = {"n": float(n), "kl/bound": best_of_n_kl(n)}
         point |= {key: curve[:, i].mean().item() for key, curve in curves.items()}
         point["gold_sem"] = curves["gold"][:, i].std().item() / len(gold) ** 0.5
         points.append(point)
@@ -226,20 +229,13 @@ def held_out_reliability(
 ) -> tuple[list[float], list[bool]]:
     """Return the chances that a reward gives to the annotator's held-out choices, and what came.
 
-    The annotator errs there as in training: a calibrated reward is as unsure as it should be. Every
-    other pair is turned round, so that both outcomes occur.
+    The annotator errs there as in training: a calibrated reward is as unsure as it should be.
     """
-    rows = held_out_rows(lab, seed)
-    turned = [i % 2 == 1 for i in range(len(rows))]
-    first, second = pair_rewards(
-        reward.posterior,
-        [r.prompt for r in rows],
-        [r.rejected if t else r.chosen for r, t in zip(rows, turned, strict=True)],
-        [r.chosen if t else r.rejected for r, t in zip(rows, turned, strict=True)],
-        objective=objective,
+    return stated_and_chosen(
+        held_out_rows(lab, seed),
+        lambda prompts, completions: objective(reward.posterior(prompts, completions)),
+        scale=reward.logit_scale,
     )
-    chances = ((first - second) * reward.logit_scale).sigmoid()
-    return chances.tolist(), [not t for t in turned]
 
 
 def centred(points: Sequence[Point]) -> list[Point]:

@@ -5,10 +5,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from rich.console import Console, Group
@@ -16,69 +15,32 @@ from rich.live import Live
 
 from trueward.data.rows import text_of
 from trueward.data.sources import DataError
-from trueward.evaluate.comparison import MethodRuns, SeedRun, peak_place
-from trueward.lab import exact, recorded
-from trueward.lab.cells import best_of_n_cell, optimise_cell, read_evaluation, read_result
-from trueward.lab.exact import ExactWorld
-from trueward.lab.gold_model import GoldModelWorld
-from trueward.lab.grammar import GrammarWorld
-from trueward.lab.language import (
-    Lab,
-    LanguageConfig,
-    RewardSpec,
-    build_reference,
-    build_shared,
-    compare_answers,
-    draw_pool,
-    optimise_first,
-    reward_specs,
-    score_pool,
-    train_member,
+from trueward.evaluate.comparison import (
+    MethodRuns,
+    SeedRun,
+    peak_place,
+    peaks_at_end,
+    place_name,
+    summarise,
 )
-from trueward.lab.methods import TRAINED, Method
+from trueward.lab.cells import read_evaluation, read_result
+from trueward.lab.plan import (
+    MAY_CHANGE,
+    CompareConfig,
+    cell_folder,
+    cell_tasks,
+    check,
+    scout_folder,
+    scouting_tasks,
+    trains_policies,
+)
 from trueward.lab.processes import Outcome, State, Task, only_one, run_tasks
-from trueward.lab.recorded import RecordedWorld
 from trueward.report.comparison import comparison_report, rich_comparison_table
 from trueward.report.html import Completion, SampleRow
-from trueward.train.run_folder import (
-    RunFolder,
-    environment,
-    finished_summary,
-    to_plain,
-    write_text,
-)
+from trueward.train.run_folder import RunFolder, environment, to_plain, write_text
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
-WorldName = Literal["exact", "grammar", "gold_model", "recorded"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """What is compared, where, and over how many seeds."""
-
-    output_dir: str = "runs/compare"
-    world: WorldName = "grammar"
-    methods: dict[str, Method] = field(default_factory=dict)
-    baseline: str = "single"  # the method that the others are held against
-    seeds: int = 3
-    first_seed: int = 0
-    processes: int = 0  # 0 = as many as there are cores
-    title: str = ""  # of the report
-    exact: ExactWorld = field(default_factory=ExactWorld)
-    grammar: GrammarWorld = field(default_factory=GrammarWorld)
-    gold_model: GoldModelWorld = field(default_factory=GoldModelWorld)
-    recorded: RecordedWorld = field(default_factory=RecordedWorld)
-    language: LanguageConfig = field(default_factory=LanguageConfig)  # grammar, gold_model
-
-    @property
-    def all_seeds(self) -> list[int]:
-        """The seeds of every method."""
-        return list(range(self.first_seed, self.first_seed + self.seeds))
-
-
-# What may differ between a comparison and its resume: more methods and seeds add cells.
-_FREE = ("methods", "baseline", "seeds", "first_seed", "processes", "title")
 
 
 def run_compare(config: CompareConfig) -> dict[str, Any]:
@@ -93,240 +55,83 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     with only_one(out):
-        folder = RunFolder(out, command="compare", config=config, free=_FREE)
+        folder = RunFolder(out, command="compare", config=config, free=MAY_CHANGE)
+        (out / "summary.json").unlink(missing_ok=True)  # until this run has ended too
         started, before = time.monotonic(), _seconds_so_far(out)
         steps = config.language.steps
-        failed: dict[str, Outcome] = {}
-        if config.language.long and _trains(config):
-            failed |= _run(config, scouting_tasks(config), out)
+        if config.language.long and trains_policies(config):
             steps = long_steps(config, out)
-        failed |= _run(config, cell_tasks(config, steps), out)
+        failed = _run(config, cell_tasks(config, steps), out)
+        seconds = before + time.monotonic() - started
+        write_text(out / "seconds.json", json.dumps(seconds))
         methods = read_methods(config, out)
-        write_text(out / "seconds.json", json.dumps(before + time.monotonic() - started))
-        if not any(m.runs for m in methods):
-            raise DataError(_failures(failed, out))
         console.print(rich_comparison_table(methods, config.baseline))
-        page = write_report(config, methods, steps)
-        console.print(f"Report: {page}", highlight=False)
         if failed:
-            raise DataError(_failures(failed, out))
+            write_failures(failed, out)
+        if any(m.runs for m in methods):
+            console.print(f"Report: {write_report(config, methods)}", highlight=False)
+        if failed:
+            raise DataError(_failure(failed, out))
         metrics = {m.name: {"gold": _mean([r.points[-1]["gold"] for r in m.runs])} for m in methods}
-        return folder.finish(
-            metrics, seed=config.first_seed, seconds=before + time.monotonic() - started
-        )
-
-
-def check(config: CompareConfig) -> None:
-    """Refuse what cannot be run, before anything is.
-
-    Raises:
-        DataError: In one sentence.
-    """
-    if not config.methods:
-        raise DataError("There is nothing to compare: name at least one method under `methods:`.")
-    if config.baseline not in config.methods:
-        known = ", ".join(config.methods)
-        raise DataError(f"The baseline '{config.baseline}' is none of the methods: {known}.")
-    if config.seeds < 1:
-        raise DataError(f"seeds must be at least 1, got {config.seeds}.")
-    defaults = CompareConfig()
-    language = config.world in ("grammar", "gold_model")
-    for name in ("exact", "grammar", "gold_model", "recorded"):
-        if name != config.world and getattr(config, name) != getattr(defaults, name):
-            raise DataError(f"`{name}` sets dials of another world than `world: {config.world}`.")
-    if not language and config.language != defaults.language:
-        raise DataError(f"`language` is for worlds of language, not for `world: {config.world}`.")
-    can = {"exact": ("closed_form",), "recorded": ("best_of_n",)}.get(
-        config.world, (*TRAINED, "best_of_n")
-    )
-    for name, method in config.methods.items():
-        if not name or any(c in name for c in "/\\. ") or name != name.strip("-_"):
-            raise DataError(
-                f"The method's name '{name}' must do as a folder's: letters, digits, - and _; what "
-                "figures shall say is its `label`."
-            )
-        if method.optimiser not in can:
-            raise DataError(
-                f"methods.{name}: the world '{config.world}' has no optimiser "
-                f"'{method.optimiser}', only {', '.join(can)}."
-            )
-    trains = config.methods[config.baseline].optimiser in TRAINED
-    if language and config.language.long and not trains:
-        raise DataError(
-            f"language.long asks when the baseline peaks in training, but '{config.baseline}' "
-            "trains no policy."
-        )
-
-
-# --- tasks ---
-
-
-def cell_tasks(config: CompareConfig, steps: int) -> list[Task]:
-    """Return every cell with what it stands on, seeds first: the first rows fill early."""
-    tasks: dict[str, Task] = {}
-    for seed in config.all_seeds:
-        for name, method in config.methods.items():
-            folder = cell_folder(Path(config.output_dir), name, seed)
-            for task in _cell(config, f"{name}/seed-{seed}", method, seed, steps, folder):
-                tasks.setdefault(task.name, task)
-    return list(tasks.values())
-
-
-def scouting_tasks(config: CompareConfig) -> list[Task]:
-    """Return the baseline's cells of `steps` steps, which tell where its gold peaks."""
-    tasks: dict[str, Task] = {}
-    method = config.methods[config.baseline]
-    for seed in config.all_seeds:
-        folder = scout_folder(Path(config.output_dir), config.baseline, seed)
-        name = f"scout/{config.baseline}/seed-{seed}"
-        for task in _cell(config, name, method, seed, config.language.steps, folder):
-            tasks.setdefault(task.name, task)
-    return list(tasks.values())
-
-
-def cell_folder(out: Path, name: str, seed: int) -> Path:
-    """Where a cell writes."""
-    return out / "cells" / name / f"seed-{seed}"
-
-
-def scout_folder(out: Path, name: str, seed: int) -> Path:
-    """Where a cell of the scouting run writes."""
-    return out / "scout" / name / f"seed-{seed}"
+        return folder.finish(metrics, seed=config.first_seed, seconds=seconds)
 
 
 def long_steps(config: CompareConfig, out: Path) -> int:
-    """Return `long` times the step at which the baseline's mean gold peaks.
+    """Return how long policies are trained: `long` times the steps to the baseline's peak.
 
-    `steps` where it has not peaked by then: nobody knows how far the peak is.
+    Found once, by running the baseline for `steps`, and kept in `scout/steps.json`: methods and
+    seeds that are added later run as long as the others.
+
+    Raises:
+        DataError: A scouting run failed, or the baseline's mean gold peaks at its start or end.
     """
+    kept = out / "scout" / "steps.json"
+    if kept.exists():
+        return int(json.loads(kept.read_text("utf-8")))
+    failed = _run(config, scouting_tasks(config), out)
+    if failed:
+        write_failures(failed, out)
+        raise DataError(_failure(failed, out))
     runs = [read_result(scout_folder(out, config.baseline, s)) for s in config.all_seeds]
-    found = [run for run in runs if run is not None]
-    if not found:
-        return config.language.steps
-    baseline = config.methods[config.baseline]
     scouted = MethodRuns(
-        name=config.baseline, label=config.baseline, optimiser=baseline.optimiser, runs=found
+        name=config.baseline,
+        label=config.baseline,
+        optimiser=config.methods[config.baseline].optimiser,
+        runs=[run for run in runs if run is not None],
     )
-    peak = int(peak_place(scouted))
-    if peak == config.language.steps:
-        logger.warning(
-            "The baseline has not peaked within %d steps, so the runs are no longer than that: "
-            "raise language.steps.",
-            peak,
+    peak, every = int(peak_place(scouted)), config.language.evaluate_every
+    if peak in (0, config.language.steps):
+        raise DataError(
+            f"The baseline's gold is highest at step {peak} of {config.language.steps}, so there "
+            "is no peak to measure the length by: change language.steps or "
+            "language.learning_rate, or set language.long to 0."
         )
-        return peak
-    every = config.language.evaluate_every
     steps = max(every, math.ceil(config.language.long * peak / every) * every)
     logger.info("The baseline peaks at step %d: all methods run for %d.", peak, steps)
+    write_text(kept, json.dumps(steps))
     return steps
-
-
-def _cell(
-    config: CompareConfig, name: str, method: Method, seed: int, steps: int, folder: Path
-) -> list[Task]:
-    """Return a cell's task after those that it needs."""
-    quick: dict[str, tuple[object, object]] = {
-        "exact": (exact.run_cell, config.exact),
-        "recorded": (recorded.run_cell, config.recorded),
-    }
-    if config.world in quick:
-        arguments = (*quick[config.world], method, seed, folder)
-        return [Task(name=name, function=quick_cell, arguments=arguments)]
-    dials = config.grammar if config.world == "grammar" else config.gold_model
-    lab = Lab(world=dials, config=config.language, out=Path(config.output_dir))
-    tasks = _ground(lab, method, seed)
-    needs = tuple(task.name for task in tasks)
-    if method.optimiser == "best_of_n":
-        what: tuple[Any, ...] = (best_of_n_cell, lab, method, seed, folder)
-    else:
-        what = (optimise_cell, lab, method, seed, steps, folder)
-    return [*tasks, Task(name=name, function=what[0], arguments=what[1:], needs=needs)]
-
-
-def _ground(lab: Lab, method: Method, seed: int) -> list[Task]:
-    """Return the stages of a seed that a method stands on, in an order that can be run."""
-
-    def task(
-        name: str, function: Callable[..., object], *rest: object, after: str | tuple[str, ...]
-    ) -> Task:
-        needs = (after,) if isinstance(after, str) else after
-        return Task(name=name, function=function, arguments=(lab, seed, *rest), needs=needs)
-
-    at = f"ground/seed-{seed}"
-    tasks = [
-        Task(name="shared", function=build_shared, arguments=(lab,)),
-        task(f"{at}/reference", build_reference, after="shared"),
-        task(f"{at}/comparisons", compare_answers, after=f"{at}/reference"),
-    ]
-    specs = reward_specs(method)
-    refined = any(spec.refine for spec in specs)
-    if refined:
-        first = reward_specs(Method())[0]
-        tasks.append(
-            task(f"{at}/rewards/{first.name}", train_member, first, after=f"{at}/comparisons")
-        )
-        tasks.append(task(f"{at}/first", optimise_first, after=f"{at}/rewards/{first.name}"))
-    for spec in specs:
-        after = f"{at}/first" if spec.refine else f"{at}/comparisons"
-        tasks.append(task(_reward_task(at, spec), train_member, spec, after=after))
-    if method.optimiser == "best_of_n":
-        tasks.append(task(f"{at}/pool", draw_pool, after=f"{at}/comparisons"))
-        for spec in specs:
-            needs = (f"{at}/pool", _reward_task(at, spec))
-            tasks.append(task(f"{at}/pool/{spec.name}", score_pool, spec, after=needs))
-    return tasks
-
-
-def _reward_task(at: str, spec: RewardSpec) -> str:
-    return f"{at}/rewards/{spec.name}"
-
-
-def quick_cell(
-    run_cell: Callable[[Any, Method, int], SeedRun],
-    world: object,
-    method: Method,
-    seed: int,
-    folder: Path,
-) -> None:
-    """Compute a cell that trains nothing, and write its result."""
-    run = RunFolder(folder, command="compare", config={"world": world, "method": method})
-    if finished_summary(folder) is not None:
-        return
-    result = run_cell(world, method, seed)
-    write_text(folder / "result.json", json.dumps(asdict(result)))
-    run.finish({"gold": result.points[-1]["gold"]}, seed=seed, seconds=result.seconds)
 
 
 # --- running and reading ---
 
 
 def _run(config: CompareConfig, tasks: Sequence[Task], out: Path) -> dict[str, Outcome]:
-    """Run tasks under a live table; return those that failed or were skipped."""
-    left = [task for task in tasks if not _is_done(task)]
-    done = {task.name for task in tasks} - {task.name for task in left}
-    left = [replace(t, needs=tuple(n for n in t.needs if n not in done)) for t in left]
-    if done and left:
-        console.print(f"{len(done)} of {len(tasks)} stages are there already.", highlight=False)
-    if not left:
-        return {}
-    with Progress(config, out, total=len(tasks), done=len(done)) as progress:
-        outcomes = run_tasks(left, processes=config.processes, on_change=progress.show)
+    """Run tasks under a live table; return those that failed or were skipped.
+
+    Finished ones are asked too: each ends at once, after it has seen that its folder holds what is
+    wanted and not, say, another method's cell of the same name.
+    """
+    with Progress(config, out, total=len(tasks)) as progress:
+        outcomes = run_tasks(tasks, processes=config.processes, on_change=progress.show)
     return {name: o for name, o in outcomes.items() if o.state != "done"}
 
 
-def _is_done(task: Task) -> bool:
-    """Tell whether a cell's folder, the last of its arguments, holds a finished run."""
-    folder = task.arguments[-1]
-    return isinstance(folder, Path) and finished_summary(folder) is not None
-
-
 class Progress:
-    """A live table on a terminal; elsewhere a line for each finished task."""
+    """A live table on a terminal; elsewhere a line every ten seconds, and for each failure."""
 
-    def __init__(self, config: CompareConfig, out: Path, *, total: int, done: int) -> None:
-        self._config, self._out = config, out
-        self._total, self._done_before = total, done
-        self._said: set[str] = set()
+    def __init__(self, config: CompareConfig, out: Path, *, total: int) -> None:
+        self._config, self._out, self._total = config, out, total
+        self._failed: set[str] = set()  # and said
         self._drawn = 0.0
         self._read: dict[Path, SeedRun] = {}  # finished cells: each is read once
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -343,22 +148,22 @@ class Progress:
     def show(self, states: Mapping[str, State]) -> None:
         """Show what has changed."""
         over = [name for name, state in states.items() if state in ("done", "failed", "skipped")]
-        if self._live is None:
-            for name in over:
-                if name not in self._said:
-                    self._said.add(name)
-                    count = self._done_before + len(self._said)
-                    console.print(f"{count}/{self._total} {name}: {states[name]}", highlight=False)
-            return
-        everything = len(over) == len(states)
-        if time.monotonic() - self._drawn < 1 and not everything:
+        running = [name for name, state in states.items() if state == "running"]
+        for name, state in states.items():
+            if state == "failed" and name not in self._failed:
+                self._failed.add(name)
+                console.print(f"{name}: failed", highlight=False)
+        pause = 1 if self._live else 10
+        if time.monotonic() - self._drawn < pause and len(over) < self._total:
             return
         self._drawn = time.monotonic()
-        running = [name for name, state in states.items() if state == "running"]
-        line = f"{self._done_before + len(over)} of {self._total} stages; running: "
+        line = f"{len(over)} of {self._total} stages; running: {', '.join(running) or 'none'}"
+        if self._live is None:
+            console.print(line, highlight=False)
+            return
         methods = read_methods(self._config, self._out, known=self._read)
         table = rich_comparison_table(methods, self._config.baseline)
-        self._live.update(Group(table, line + ", ".join(running)), refresh=True)
+        self._live.update(Group(table, line), refresh=True)
 
 
 def read_methods(
@@ -376,90 +181,117 @@ def read_methods(
     for name, method in config.methods.items():
         runs = [known.get(cell_folder(out, name, seed)) for seed in config.all_seeds]
         objective = method.objective
+        # Worst case and nominal reward are the mix's two ends.
+        weights = {"worst_case": 0.0, "nominal": 1.0, "reward_robust": objective.nominal_weight}
         found.append(
             MethodRuns(
                 name=name,
                 label=method.label or name,
                 optimiser=method.optimiser,
-                nominal_weight=(
-                    objective.nominal_weight if objective.name == "reward_robust" else None
-                ),
+                nominal_weight=weights.get(objective.name) if method.members > 1 else None,
                 runs=[run for run in runs if run is not None],
             )
         )
     return found
 
 
-def write_report(config: CompareConfig, methods: Sequence[MethodRuns], steps: int) -> Path:
+def write_report(config: CompareConfig, methods: Sequence[MethodRuns]) -> Path:
     """Write figures and page from the finished cells; return the page's path."""
-    out = Path(config.output_dir)
     full = [m for m in methods if m.runs]
-    missing = [f"{m.name} has {len(m.runs)}" for m in methods if len(m.runs) < config.seeds]
+    baseline = next((m for m in full if m.name == config.baseline), full[0])
     lead = (
         f"{len(full)} methods over {config.seeds} {'seed' if config.seeds == 1 else 'seeds'} in "
-        f"the world `{config.world}`."
+        f"the world `{config.world}`. {_what_became_of_gold(baseline)}"
     )
     notes = []
-    if _trains(config):
-        notes.append(f"Policies were optimised for {steps} steps.")
+    trained = {int(r.points[-1]["step"]) for m in full for r in m.runs if "step" in r.points[-1]}
+    if trained:
+        notes.append(f"Policies were optimised for {max(trained)} steps.")
     if config.world == "recorded":
         notes.append(config.recorded.open(seed=config.first_seed).report)
+    missing = [f"{m.name} has {len(m.runs)}" for m in methods if len(m.runs) < config.seeds]
     if missing:
         notes.append(f"Not all of the {config.seeds} seeds are there: {', '.join(missing)}.")
     return comparison_report(
-        out,
-        full,
+        config.output_dir,
+        methods,
         title=config.title or f"Comparison in the world {config.world}",
         lead=lead,
-        baseline=config.baseline,
-        samples=side_by_side(config, full),
+        baseline=baseline.name,
+        samples=side_by_side(config, full, baseline),
         notes=" ".join(notes),
         config_text=yaml.safe_dump(to_plain(config), sort_keys=False),
         environment=environment(),
     )
 
 
+def _what_became_of_gold(method: MethodRuns) -> str:
+    """Return a sentence on a method's gold reward: from where, to which peak, to which end."""
+    found = summarise(method)
+    start, peak, end = (e.mean for e in (found.gold_start, found.gold_peak, found.gold_end))
+    place = f"{place_name(method)} {found.peak_place:g}"
+    said = f"Under {method.label}, gold goes from {start:.2f} to {peak:.2f} at {place}"
+    return (
+        f"{said}, its highest and its end."
+        if peaks_at_end(method)
+        else (f"{said} and ends at {end:.2f}, while the proxy goes to {found.proxy_end.mean:.2f}.")
+    )
+
+
 def side_by_side(
-    config: CompareConfig, methods: Sequence[MethodRuns], *, prompts: int = 4
+    config: CompareConfig, methods: Sequence[MethodRuns], baseline: MethodRuns, *, prompts: int = 4
 ) -> list[SampleRow]:
     """Return answers of the first seed: before, at the baseline's peak, after; and another's end.
 
-    The other is the method of the same optimiser that ends highest.
+    The prompts are those at which the baseline's proxy and gold part most, so that the hacking is
+    seen. The other is the learned reward of the same optimiser whose gold ends highest.
     """
     out, seed = Path(config.output_dir), config.first_seed
-    by_name = {m.name: m for m in methods}
-    baseline = by_name.get(config.baseline)
-    if baseline is None or not (_evaluations(out, baseline.name, seed)):
-        return []
     places = _evaluations(out, baseline.name, seed)
-    peak = int(peak_place(baseline))
-    peers = [m for m in methods if m.optimiser == baseline.optimiser and m is not baseline]
+    if not places:
+        return []
+    peers = [
+        m
+        for m in methods
+        if m.optimiser == baseline.optimiser
+        and m is not baseline
+        and config.methods[m.name].reward not in ("gold", "random", "length")
+    ]
     best = max(peers, key=lambda m: _mean([r.points[-1]["gold"] for r in m.runs]), default=None)
+    peak, last = int(peak_place(baseline)), places[-1]
     wanted = [
         ("before", baseline, places[0]),
         (f"{baseline.label}, at its peak ({peak})", baseline, peak),
-        (f"{baseline.label}, after ({places[-1]})", baseline, places[-1]),
+        (f"{baseline.label}, after ({last})", baseline, last),
     ]
     if best is not None and _evaluations(out, best.name, seed):
-        last = _evaluations(out, best.name, seed)[-1]
-        wanted.append((f"{best.label}, after ({last})", best, last))
+        end = _evaluations(out, best.name, seed)[-1]
+        wanted.append((f"{best.label}, after ({end})", best, end))
     found = [
         (label, read_evaluation(cell_folder(out, m.name, seed), place))
         for label, m, place in wanted
     ]
+    before, after = found[0][1], found[2][1]
+    parted = [
+        (p1 - p0) - (g1 - g0)
+        for p0, p1, g0, g1 in zip(
+            before["proxy"], after["proxy"], before["gold"], after["gold"], strict=True
+        )
+    ]
+    most = sorted(range(len(parted)), key=lambda i: -parted[i])[:prompts]
     return [
         SampleRow(
-            prompt=text_of(found[0][1]["prompts"][i]),
+            prompt=text_of(before["prompts"][i]),
             completions=[
                 Completion(
                     text=text_of(e["answers"][i]),
                     label=label,
-                    scores={"gold": e["gold"][i], "proxy": e["proxy"][i]},
+                    scores={"gold": e["gold"][i], "its own proxy": e["proxy"][i]},
                 )
                 for label, e in found
             ],
         )
-        for i in range(min(prompts, len(found[0][1]["prompts"])))
+        for i in most
     ]
 
 
@@ -468,15 +300,15 @@ def _evaluations(out: Path, name: str, seed: int) -> list[int]:
     return sorted(int(file.stem) for file in folder.glob("*.json"))
 
 
-def _trains(config: CompareConfig) -> bool:
-    return any(m.optimiser in TRAINED for m in config.methods.values())
-
-
-def _failures(failed: Mapping[str, Outcome], out: Path) -> str:
-    """Return one sentence on what failed; the traces are in a file."""
+def write_failures(failed: Mapping[str, Outcome], out: Path) -> None:
+    """Write the traces of what failed into `failures.txt`."""
     broken = {name: o for name, o in failed.items() if o.state == "failed"}
-    text = "\n\n".join(f"{name}\n{o.traceback}" for name, o in broken.items())
-    write_text(out / "failures.txt", text)
+    write_text(out / "failures.txt", "\n\n".join(f"{n}\n{o.traceback}" for n, o in broken.items()))
+
+
+def _failure(failed: Mapping[str, Outcome], out: Path) -> str:
+    """Return one sentence on what failed."""
+    broken = {name: o for name, o in failed.items() if o.state == "failed"}
     name, first = next(iter(broken.items()))
     others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
     return (

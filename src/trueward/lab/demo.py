@@ -8,14 +8,16 @@ reward is only watched. What comes out is reported as it is: a comparison of one
 from dataclasses import dataclass, field
 from typing import Any
 
-from trueward.lab.compare import CompareConfig, run_compare
+from trueward.lab.compare import run_compare
 from trueward.lab.grammar import GrammarWorld
 from trueward.lab.language import LanguageConfig
 from trueward.lab.methods import Method
+from trueward.lab.plan import CompareConfig
 from trueward.options import ObjectiveConfig
 
 METHODS = {
     "single": Method(label="single reward"),
+    "single_5x": Method(label="single reward, trained 5 x as long", epochs_scale=5.0),
     "worst_case": Method(
         label="worst case of 5", members=5, objective=ObjectiveConfig(name="worst_case")
     ),

@@ -25,7 +25,7 @@ from torch import Tensor
 from trueward.data.rows import Completion, PreferenceRow, Prompt, text_of
 from trueward.evaluate.comparison import Point, SeedRun
 from trueward.lab.methods import Method
-from trueward.lab.worlds import Annotator, words_of
+from trueward.lab.worlds import Annotator, stated_and_chosen, words_of
 from trueward.posterior import RewardPosterior
 
 _MILDER_BETAS = (8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.13)
@@ -255,7 +255,7 @@ class ExactTable:
         The std is None for one member and for controls. An objective that looks at a batch gets
         the whole table as one.
         """
-        _require_known(self.world, method)
+        require_known(self.world, method)
         if method.reward == "gold":
             return self.gold_table, None
         if method.reward == "random":
@@ -277,7 +277,7 @@ class ExactTable:
         """Return the points of the optimal policies against a reward, from the reference on.
 
         The place is `1/beta`. `proxy` counts from the reference policy; `kl/k2` is that
-        estimator's expectation, those of `kl/k1` and `kl/k3` are the exact KL.
+        estimator's expectation (those of k1 and k3 are the exact KL).
         """
         betas = torch.tensor(self.world.curve_betas(), dtype=torch.float64)
         reference = self.reference
@@ -292,9 +292,7 @@ class ExactTable:
             "proxy": worth - worth[0],
             "length": torch.full_like(betas, words_of("response 0")),
             "kl/exact": kl,
-            "kl/k1": kl,
             "kl/k2": expected_k2(policies, reference).mean(dim=1),
-            "kl/k3": kl,
             "agreement": expected_agreement(policies, proxy, self.gold_table),
         }
         if spread is not None:
@@ -305,23 +303,37 @@ class ExactTable:
     def run(self, method: Method) -> SeedRun:
         """Return a method's cell.
 
-        Its pairs for accuracy and calibration are each prompt's responses 0 and 1, 2 and 3, ...
+        The annotator's pairs for accuracy and calibration are each prompt's responses 0 and 1, 2
+        and 3, ...
         """
         start = time.perf_counter()
         proxy, spread = self.proxy(method)
         final = optimal_policy(proxy, beta=self.world.beta, reference=self.reference)
-        paired = self.world.response_count // 2 * 2
-        proxy_gap, gold_gap = (
-            (t[:, 0:paired:2] - t[:, 1:paired:2]).flatten() for t in (proxy, self.gold_table)
-        )
+        count = self.world.response_count // 2
+        prompts: list[Prompt] = [
+            f"prompt {i}" for i in range(self.world.prompt_count) for _ in range(count)
+        ]
+        pair_of: list[list[Completion]] = [
+            [f"response {2 * k}", f"response {2 * k + 1}"] for k in range(count)
+        ]
+        pairs = pair_of * self.world.prompt_count
+        rows = self.comparisons(prompts, pairs, seed=self.seed)
+        probabilities, outcomes = stated_and_chosen(rows, lambda p, c: proxy[self._cells(p, c)])
         return SeedRun(
             seed=self.seed,
             points=self.curve(proxy, spread=spread),
-            final_gold=_expected(final, self.gold_table).tolist(),
-            probabilities=proxy_gap.sigmoid().tolist(),
-            outcomes=(gold_gap > 0).tolist(),
+            final_gold=self._one_answer(final),
+            probabilities=probabilities,
+            outcomes=outcomes,
             seconds=time.perf_counter() - start,
         )
+
+    def _one_answer(self, policy: Float[Tensor, "prompt response"]) -> list[float]:
+        """Return the gold of one answer to each prompt; the noise is the same for any policy."""
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.rand(len(policy), 1, generator=generator, dtype=policy.dtype)
+        drawn = torch.searchsorted(policy.cumsum(dim=1), noise).clamp(max=policy.shape[1] - 1)
+        return self.gold_table.gather(1, drawn)[:, 0].tolist()
 
 
 def run_cell(world: ExactWorld, method: Method, seed: int) -> SeedRun:
@@ -330,7 +342,7 @@ def run_cell(world: ExactWorld, method: Method, seed: int) -> SeedRun:
     Raises:
         ValueError: The method is not one for a table.
     """
-    _require_known(world, method)
+    require_known(world, method)
     return world.open(seed=seed).run(method)
 
 
@@ -350,7 +362,7 @@ def _places(texts: Sequence[Prompt], kind: str, count: int) -> Tensor:
         ) from error
 
 
-def _require_known(world: ExactWorld, method: Method) -> None:
+def require_known(world: ExactWorld, method: Method) -> None:
     """Refuse what a table has no answer to, rather than leave it without effect."""
     if method.optimiser != "closed_form":
         raise ValueError(

@@ -63,7 +63,7 @@ class GrammarWorld:
                 raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
 
     def prompts(self, count: int, *, seed: int) -> list[str]:
-        """Return requests about a topic described by up to two adjectives (about 860 differ)."""
+        """Return requests about a topic described by up to two adjectives (740 differ)."""
         rng = random.Random(f"prompts {seed}")
         out = []
         for _ in range(count):

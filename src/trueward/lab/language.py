@@ -34,10 +34,27 @@ from trueward.refine.synthetic import synthetic_preferences
 from trueward.train.loop import seed_of
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig, train_reward
-from trueward.train.run_folder import RunFolder, finished_summary
+from trueward.train.run_folder import RunFolder, finished_summary, write_text
 
 logger = logging.getLogger(__name__)
+_REFERENCE = 400  # answers of the reference policy that give members their common scale
 _REFINED = 50  # the seed that control, SPG and UML share: they differ in method alone
+
+
+_COUNTS = (
+    "pairs",
+    "held_out_pairs",
+    "reward_batch_size",
+    "steps",
+    "prompts_per_step",
+    "training_prompts",
+    "inner_epochs",
+    "evaluate_every",
+    "evaluation_prompts",
+    "refine_after",
+    "refine_prompts",
+    "max_batch_tokens",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +66,13 @@ class LanguageConfig:
     reward_epochs: float = 4.0
     reward_learning_rate: float = 1e-3
     reward_batch_size: int = 32  # pairs
-    subset: float = 0.8  # share of the comparisons that each member sees; 1 = all
+    subset: float = 0.8  # share of the comparisons that each of several heads sees; models see all
     steps: int = 60  # of policy optimisation; with `long`, of the scouting run
     long: float = 0.0  # > 0: optimise for this many times the steps at which the baseline peaks
     prompts_per_step: int = 16
     completions_per_prompt: int = 4
     training_prompts: int = 600
-    learning_rate: float = 2e-4  # of the policies, constant after a short warm-up
+    learning_rate: float = 2e-4  # of the policies, constant
     value_learning_rate_scale: float = 1.0  # the critic's rate over the policy's
     inner_epochs: int = 1  # passes over a step's completions
     evaluate_every: int = 5  # steps
@@ -73,9 +90,15 @@ class LanguageConfig:
         for name in ("evaluation_samples", "completions_per_prompt", "refine_samples", "pool"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
-        for name in ("pairs", "steps", "evaluate_every", "evaluation_prompts", "refine_after"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "reward_learning_rate", "reward_epochs", "subset"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in ("subset", "gamma"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
         if self.long < 0:
             raise ValueError(f"long must be at least 0 (off), got {self.long}.")
 
@@ -104,7 +127,7 @@ class Lab:
     def start(self, folder: Path, *, config: object = None) -> RunFolder | None:
         """Open a stage's folder; None where the stage is finished."""
         made_of = {"world": self.world, "language": self.config, "stage": config}
-        run = RunFolder(folder, command="compare", config=made_of)
+        run = RunFolder(folder, command="compare", config=made_of, free=("label",))
         return None if finished_summary(folder) is not None else run
 
 
@@ -182,9 +205,11 @@ def compare_answers(lab: Lab, seed: int) -> None:
             flat_prompts = [p for p in prompts for _ in range(2)]
             flat = [a for pair in answers for a in pair]
             gold = world.gold(flat_prompts, flat)
-            some = zip(flat_prompts[:400], flat[:400], strict=True)
-            reference = [{"prompt": p, "completion": c} for p, c in some]
-            write_jsonl(folder / "reference.jsonl", reference)
+    # The members' scale is measured on answers that none of them was trained on.
+    prompts = world.prompts(_REFERENCE, seed=seed_of(seed, "reference"))
+    answers = world.answers(prompts, n=1, seed=seed_of(seed, "reference"))
+    some = zip(prompts, answers, strict=True)
+    write_jsonl(folder / "reference.jsonl", [{"prompt": p, "completion": a[0]} for p, a in some])
     std = max(gold.std(correction=0).item(), 1e-6)
     run.finish({"gold_mean": gold.mean().item(), "gold_std": std, **kept}, seed=seed)
 
@@ -376,7 +401,7 @@ def policy_config(
 ) -> PolicyConfig:
     """Return the options of a policy's optimisation."""
     config = lab.config
-    if method.optimiser not in ("ppo", "rloo", "grpo"):
+    if method.optimiser == "best_of_n" or method.optimiser == "closed_form":
         raise ValueError(f"{method.optimiser} trains no policy.")
     return PolicyConfig(
         algorithm=method.optimiser,
@@ -436,5 +461,5 @@ def _synthetic(lab: Lab, seed: int, drawn: list[tuple[Prompt, list[str]]]) -> li
     folder = lab.ground(seed) / "rewards" / "spg"
     folder.mkdir(parents=True, exist_ok=True)
     report = {"accepted": made.report.accepted, "prompts": made.report.prompts}
-    (folder / "synthetic.json").write_text(json.dumps(report), encoding="utf-8")
+    write_text(folder / "synthetic.json", json.dumps(report))
     return made.to_preferences()

@@ -34,8 +34,9 @@ class Method:
             raise ValueError(
                 f"kl_coef is for trained policies ({', '.join(TRAINED)}), not for {self.optimiser}."
             )
-        if self.reward not in ("learned",) and (self.members > 1 or self.epochs_scale != 1):
+        shape = (self.members, self.epochs_scale, self.family)
+        if self.reward != "learned" and shape != (1, 1, "deep"):
             raise ValueError(
-                f"members and epochs_scale are for learned rewards, reward={self.reward} has "
-                "neither."
+                f"members, epochs_scale and family are for learned rewards, reward={self.reward} "
+                "has none of them."
             )

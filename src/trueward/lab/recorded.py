@@ -48,6 +48,7 @@ from trueward.lab.worlds import Annotator, words_of
 from trueward.models.reward_function import posterior_function
 from trueward.models.reward_model import OverlongError, RewardModel
 from trueward.posterior import RewardPosterior
+from trueward.train.loop import seed_of
 
 # Scores of reward models by folder, its last change, and the texts: the methods of a comparison
 # ask for the same ones, and scoring is what takes long.
@@ -202,7 +203,7 @@ class Recordings:
         The std is None for one member and for controls. An objective that looks at a batch gets
         all answers as one.
         """
-        _require_known(method)
+        require_known(method)
         prompts = [row.prompt for row in self.rows for _ in row.completions]
         completions = [c for row in self.rows for c in row.completions]
         if method.reward == "gold":
@@ -219,9 +220,8 @@ class Recordings:
         """Return a method's cell.
 
         Each prompt's curve is the mean over all subsets of its own answers, so that prompts with
-        more answers than others use them all; `proxy` counts from n = 1. The pairs for accuracy
-        and calibration are each prompt's first two answers in the order of the seed, where gold
-        does not tie.
+        more answers than others use them all; `proxy` counts from n = 1. The annotator's pairs
+        for accuracy and calibration are each prompt's first two answers in the order of the seed.
         """
         start = time.perf_counter()
         proxy, spread = self.proxy(method)
@@ -235,15 +235,15 @@ class Recordings:
         means["proxy"] = means["proxy"] - means["proxy"][0]
         means["gold_sem"] = curves["gold"].std(dim=0, correction=1) / math.sqrt(len(self.rows))
         points = [
-            {"n": float(n), "kl/exact": best_of_n_kl(n)}
+            {"n": float(n), "kl/bound": best_of_n_kl(n)}
             | {name: mean[i].item() for name, mean in means.items()}
             for i, n in enumerate(ns)
         ]
-        probabilities, outcomes = self._pairs(proxy, gold)
+        probabilities, outcomes = self._reliability(proxy)
         return SeedRun(
             seed=self.seed,
             points=points,
-            final_gold=curves["gold"][:, -1].tolist(),
+            final_gold=self._picks(proxy, gold),
             probabilities=probabilities,
             outcomes=outcomes,
             seconds=time.perf_counter() - start,
@@ -263,16 +263,34 @@ class Recordings:
             )
         return curves
 
-    def _pairs(
+    def _picks(
         self, proxy: Float[Tensor, " answer"], gold: Float[Tensor, " answer"]
-    ) -> tuple[list[float], list[bool]]:
-        at, probabilities, outcomes = 0, [], []
+    ) -> list[float]:
+        """Return the gold of each prompt's pick among as many answers as every prompt has."""
+        at, found = 0, []
         for row in self.rows:
-            first, second = (at + i for i in self._order(row, self.seed)[:2])
+            some = [at + k for k in self._order(row, self.seed)[: self.largest_n]]
+            found.append(gold[some[int(proxy[some].argmax())]].item())
             at += len(row.completions)
-            if gold[first] != gold[second]:
-                probabilities.append((proxy[first] - proxy[second]).sigmoid().item())
-                outcomes.append(bool(gold[first] > gold[second]))
+        return found
+
+    def _reliability(self, proxy: Float[Tensor, " answer"]) -> tuple[list[float], list[bool]]:
+        """Return the reward's chances and the annotator's choices, by place: texts may recur."""
+        at, probabilities, outcomes = 0, [], []
+        for i, row in enumerate(self.rows):
+            places = self._order(row, self.seed)[:2]
+            # The annotator sees places, not texts: equal texts may have different gold.
+            compared = self.world.annotator.compare(
+                [row.prompt],
+                [[row.completions[k] for k in places]],
+                [[row.gold[k] for k in places]],
+                seed=seed_of(self.seed, i),
+            )
+            first, second = (proxy[at + k] for k in places)
+            at += len(row.completions)
+            if compared:
+                probabilities.append((first - second).sigmoid().item())
+                outcomes.append(compared[0].chosen == row.completions[places[0]])
         return probabilities, outcomes
 
     def _order(self, row: Recording, seed: int) -> list[int]:
@@ -366,11 +384,21 @@ def run_cell(world: RecordedWorld, method: Method, seed: int) -> SeedRun:
         DataError: The file does not fit.
         ValueError: The method is not one for recorded answers.
     """
-    _require_known(method)
+    require_known(method)
     return world.open(seed=seed).run(method)
 
 
-def _require_known(method: Method) -> None:
+def inputs_of(world: object, seed: int) -> list[list[object]]:
+    """Return name, size and time of change of the files that a recorded cell rests on."""
+    if not isinstance(world, RecordedWorld):
+        return []
+    folders = [Path(name.replace("{seed}", str(seed))) for name in world.reward_models]
+    files = [Path(world.file), *(f for folder in folders for f in sorted(folder.glob("*")))]
+    stats = [(f, f.stat()) for f in files if f.exists()]
+    return [[str(f), found.st_size, found.st_mtime_ns] for f, found in stats]
+
+
+def require_known(method: Method) -> None:
     """Refuse what recorded answers cannot tell, rather than leave it without effect."""
     if method.optimiser != "best_of_n":
         raise ValueError(

@@ -1,7 +1,7 @@
 """What a laboratory asks of a world, and the annotator that all worlds share."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -135,6 +135,30 @@ class Annotator:
                 PreferenceRow(prompt, some[chosen], some[rejected], where=f"comparison {i}")
             )
         return rows
+
+
+def stated_and_chosen(
+    rows: Sequence[PreferenceRow],
+    reward: Callable[[Sequence[Prompt], Sequence[Completion]], Float[Tensor, " batch"]],
+    *,
+    scale: float = 1.0,
+) -> tuple[list[float], list[bool]]:
+    """Return the chance that a reward gives to the first answer of each pair, and who was chosen.
+
+    Bradley-Terry's `sigmoid(scale (r_1 - r_2))`. Every other pair is turned round, so that both
+    outcomes occur.
+    """
+    if not rows:
+        return [], []
+    turned = [i % 2 == 1 for i in range(len(rows))]
+    sides = [
+        (r.rejected, r.chosen) if t else (r.chosen, r.rejected)
+        for r, t in zip(rows, turned, strict=True)
+    ]
+    prompts = [r.prompt for r in rows for _ in range(2)]
+    rewards = reward(prompts, [side for pair in sides for side in pair]).double()
+    chances = ((rewards[0::2] - rewards[1::2]) * scale).sigmoid()
+    return chances.tolist(), [not t for t in turned]
 
 
 def words_of(completion: Completion) -> int:

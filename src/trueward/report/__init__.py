@@ -1,39 +1,46 @@
 """Figures, and the HTML report of a run or a comparison."""
 
+from trueward.report.comparison import comparison_report, rich_comparison_table
 from trueward.report.figures import (
     Curve,
-    bar_figure,
     curve_figure,
+    matrix_figure,
     overoptimization_figure,
-    reliability_figure,
+    peak_and_end_figure,
+    reliability_panels,
     save_figure,
-    to_svg,
 )
 from trueward.report.html import (
     Completion,
     Details,
     FigureHtml,
+    PanelsHtml,
     SampleRow,
     Section,
     Table,
     render_report,
 )
 from trueward.report.run import report_run, rich_table
+from trueward.report.svg import to_svg
 
 __all__ = [
     "Completion",
     "Curve",
     "Details",
     "FigureHtml",
+    "PanelsHtml",
     "SampleRow",
     "Section",
     "Table",
-    "bar_figure",
+    "comparison_report",
     "curve_figure",
+    "matrix_figure",
     "overoptimization_figure",
-    "reliability_figure",
+    "peak_and_end_figure",
+    "reliability_panels",
     "render_report",
     "report_run",
+    "rich_comparison_table",
     "rich_table",
     "save_figure",
     "to_svg",

@@ -4,45 +4,42 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.table import Table as RichTable
 
 from trueward.evaluate.comparison import (
     Estimate,
-    MeanPoint,
-    MethodFit,
     MethodRuns,
-    MethodSummary,
-    PooledReliability,
     WinRates,
-    fit_law,
-    over_seeds,
-    pooled_reliability,
     summarise,
     win_rates,
 )
+from trueward.report.curves import (
+    FAMILIES,
+    PLACE_LABELS,
+    PLACE_SCALES,
+    Shown,
+    any_finite,
+    band_words,
+    by_family,
+    capital,
+    common_axes,
+    file_name,
+    has_room_for_bands,
+    kl_label,
+    shown_methods,
+    x_range,
+    y_range,
+)
 from trueward.report.figures import (
-    INK,
-    SERIES_LIGHT,
     Curve,
-    Law,
-    Scale,
-    curve_figure,
-    legend_height,
     matrix_figure,
     overoptimization_figure,
     peak_and_end_figure,
-    reliability_panels,
-    save_figure,
-    settle_layout,
-    to_svg,
 )
 from trueward.report.html import (
-    Cell,
     Details,
     FigureHtml,
     PanelsHtml,
@@ -51,14 +48,33 @@ from trueward.report.html import (
     Table,
     render_report,
 )
-from trueward.report.run import _versions, rich_table
+from trueward.report.keeper import Keeper
+from trueward.report.numbers import Cell, decimal, interval_text, share_text
+from trueward.report.reliability import Reward, distinct_rewards, reliability_section
+from trueward.report.run import configuration_details, rich_table, versions_line
+from trueward.report.svg import INK, SERIES_LIGHT
+from trueward.report.tables import fits_section, results_section
 from trueward.train.run_folder import write_text
 
 _PANEL = (3.0, 2.2)  # inches
-_MOST_BANDS = 4  # curves on common axes whose bands can still be told apart
-_PLACE_LABELS = {"step": "step", "n": "n, of which the proxy picks the best", "1/beta": "1 / β"}
-_PLACE_SCALES: Mapping[str, Scale] = {"step": "linear", "n": "log", "1/beta": "sqrt"}
-_FAMILIES = {"closed_form": "optimal policies", "best_of_n": "best-of-n"}
+_GLOSSARY = {
+    "gold": "The reward that stands for what people want. It judges the policies and is never "
+    "optimised, unless a method says so.",
+    "proxy": "The learned reward that a method optimises in its place.",
+    "reference policy": "The policy from which every method starts.",
+    "KL, nats": "How far a policy has moved from the reference policy: the Kullback-Leibler "
+    "divergence of a completion, in natural logarithms.",
+    "best of n": "No training: of n answers of the reference policy, the one that the proxy likes "
+    "best.",
+    "cell": "One method under one seed, from its data to its last evaluation.",
+    "spread": "The standard deviation between the members of an ensemble of rewards.",
+    "agreement": "In what share of pairs of the policy's own answers the proxy prefers the one "
+    "with more gold.",
+    "nominal, worst case, mix": "The reward of one member, the lowest among the members, and a "
+    "weighted sum of both.",
+    "ECE, Brier score": "Calibration error: how far stated probabilities lie from observed "
+    "frequencies. Brier score: the mean squared error of a probability; 0.25 for always a half.",
+}
 
 
 def comparison_report(
@@ -81,7 +97,7 @@ def comparison_report(
 
     Args:
         folder: Where to write; made if it is not there.
-        methods: In the order of the tables.
+        methods: In the order of the tables, in which families stay together and the baseline leads.
         title: The page's heading.
         lead: What was found, in one or two sentences.
         baseline: Name of the method that the others are compared with.
@@ -94,34 +110,38 @@ def comparison_report(
         ValueError: `baseline` is the name of no method, or no method has a run.
     """
     root = Path(folder)
-    reference = _baseline(methods, baseline)
-    shown = _shown(methods, reference)
+    if baseline not in {method.name for method in methods}:
+        known = ", ".join(method.name for method in methods)
+        raise ValueError(f"the baseline {baseline!r} is none of the methods {known or '(none)'}.")
+    shown = shown_methods(methods, baseline)
     if not shown:
         raise ValueError(f"none of {len(methods)} methods has a run: there is nothing to report.")
-    keep = _Keeper(root / "figures")
-    groups = _groups(shown)
+    keep = Keeper(root / "figures")
+    groups = by_family(shown)
     rates = win_rates([s.method for s in shown])
-    rewards = _rewards(shown)
+    rewards = distinct_rewards(shown)
+    configuration = configuration_details(config_text, environment)
     sections = [
-        _results_section(shown, methods, baseline, notes),
-        *(_curves_section(keep, name, group) for name, group in groups.items()),
-        _fits_section(shown),
-        _stability_section(keep, groups),
-        _kl_section(keep, shown, baseline),
-        _peak_section(keep, shown),
-        _over_places_section(keep, groups, "spread"),
-        _over_places_section(keep, groups, "agreement"),
-        _reliability_section(keep, rewards),
-        _weights_section(keep, shown),
-        _win_section(keep, shown, rates),
+        results_section(groups, methods, baseline, notes),
         Section(title="Answers side by side", samples=samples) if samples else None,
-        _configuration_section(config_text, environment),
+        *(_curves_section(keep, name, group) for name, group in groups.items()),
+        _places_section(keep, groups, "gold"),
+        _peak_section(keep, shown),
+        _weights_section(keep, shown),
+        _places_section(keep, groups, "spread"),
+        _places_section(keep, groups, "agreement"),
+        reliability_section(keep, rewards),
+        _win_section(keep, shown, rates),
+        fits_section(shown),
+        _kl_section(keep, shown),
+        Section(title="Configuration", details=configuration) if configuration else None,
     ]
     page = render_report(
         title=title,
         lead=lead,
+        preface=[Details(summary="What the words mean", terms=_GLOSSARY)],
         sections=[section for section in sections if section is not None],
-        footer=_versions(environment),
+        footer=versions_line(environment),
     )
     numbers = json.dumps(_numbers(shown, baseline, rates, rewards), indent=1, allow_nan=False)
     write_text(root / "comparison.json", numbers + "\n")
@@ -151,11 +171,11 @@ def rich_comparison_table(methods: Sequence[MethodRuns], baseline: str) -> RichT
         rows.append(
             [
                 *row,
-                _interval_text(summary.gold_end),
-                _interval_text(summary.gold_peak),
-                _interval_text(summary.drop),
-                _decimal(summary.kl_end, 1),
-                _decimal(summary.seconds_mean, 1),
+                interval_text(summary.gold_end),
+                interval_text(summary.gold_peak),
+                None if summary.peaks_at_end else interval_text(summary.drop),
+                decimal(summary.kl_end, 1),
+                decimal(summary.seconds_mean, 1),
             ]
         )
     table = rich_table(
@@ -170,343 +190,128 @@ def rich_comparison_table(methods: Sequence[MethodRuns], baseline: str) -> RichT
     return table
 
 
-# --- what is shown ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Shown:
-    """A method with its statistics, and how figures draw it."""
-
-    method: MethodRuns
-    name: str
-    family: str  # what shares its x and its law
-    color: str
-    dashed: bool  # from the ninth on, as the palette begins again
-    points: list[MeanPoint]
-    summary: MethodSummary
-    fit: MethodFit | None
-
-    def kl(self) -> list[float]:
-        """The KL of each point that the method's KL is known by."""
-        return self.means(self.summary.kl_name)
-
-    def means(self, key: str) -> list[float]:
-        return [point.means.get(key, math.nan) for point in self.points]
-
-    def places(self) -> list[float]:
-        return [point.place for point in self.points]
-
-    def curve(self, x: Sequence[float], estimates: Sequence[Estimate], *, band: bool) -> Curve:
-        """A curve of this method's, without its points of unknown x."""
-        known = [(a, e) for a, e in zip(x, estimates, strict=True) if math.isfinite(a)]
-        return Curve(
-            name=self.name,
-            x=[a for a, _ in known],
-            y=[e.mean for _, e in known],
-            low=[e.low for _, e in known] if band else None,
-            high=[e.high for _, e in known] if band else None,
-            color=self.color,
-            dashed=self.dashed,
-        )
-
-
-def _shown(methods: Sequence[MethodRuns], baseline: MethodRuns) -> list[_Shown]:
-    with_runs = [method for method in methods if any(run.points for run in method.runs)]
-    names = [method.label or method.name for method in with_runs]
-    families = [_FAMILIES.get(method.optimiser, "trained policies") for method in with_runs]
-    # Figures show a family each, which has the palette to itself.
-    places = [families[:i].count(family) for i, family in enumerate(families)]
-    return [
-        _Shown(
-            method=method,
-            name=name if names.count(name) == 1 else f"{name} ({method.name})",
-            family=family,
-            color=SERIES_LIGHT[place % len(SERIES_LIGHT)],
-            dashed=place // len(SERIES_LIGHT) % 2 == 1,
-            points=over_seeds(method),
-            summary=summarise(method, baseline),
-            fit=fit_law(method),
-        )
-        for method, name, family, place in zip(with_runs, names, families, places, strict=True)
-    ]
-
-
-def _baseline(methods: Sequence[MethodRuns], name: str) -> MethodRuns:
-    for method in methods:
-        if method.name == name:
-            return method
-    known = ", ".join(method.name for method in methods)
-    raise ValueError(f"the baseline {name!r} is none of the methods {known or '(none)'}.")
-
-
-def _groups(shown: Sequence[_Shown]) -> dict[str, list[_Shown]]:
-    """Part the methods by what their x is and which law they follow."""
-    groups: dict[str, list[_Shown]] = {}
-    for one in shown:
-        groups.setdefault(one.family, []).append(one)
-    return groups
-
-
-class _Keeper:
-    """Writes figures as files for papers, and returns them as the page needs them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def figure(self, name: str, figure: Figure, caption: str) -> FigureHtml:
-        """Keep a figure that the page shows as it is."""
-        save_figure(settle_layout(figure), self.folder / name)
-        return FigureHtml(svg=to_svg(figure), caption=caption)
-
-    def panels(
-        self, name: str, figure: Figure, panels: Mapping[str, Figure], caption: str
-    ) -> PanelsHtml:
-        """Keep a figure of panels, which the page lays out by itself: a phone has one column."""
-        save_figure(settle_layout(figure), self.folder / name)
-        svgs = {key: to_svg(panel, label=key) for key, panel in panels.items()}
-        return PanelsHtml(svgs=svgs, caption=caption)
-
-
-# --- the table of methods ---
-
-
-def _results_section(
-    shown: Sequence[_Shown], methods: Sequence[MethodRuns], baseline: str, notes: str
-) -> Section:
-    places = {s.summary.place_name for s in shown}
-    reference = next((s.name for s in shown if s.method.name == baseline), "")
-    columns = [
-        "method",
-        "gold\nat the end",
-        "less the\nbaseline",
-        "gold at\nits peak",
-        f"peak\nat {places.pop()}" if len(places) == 1 else "peak\nat",
-        "drop",
-        "KL\nat end",
-        "proxy\nat end",
-        "words",
-        "seconds\na cell",
-    ]
-    rows: list[list[Cell]] = [
-        [
-            s.name,
-            _interval_text(s.summary.gold_end),
-            _interval_text(s.summary.less_baseline),
-            _interval_text(s.summary.gold_peak),
-            f"{s.summary.peak_place:g}",
-            _interval_text(s.summary.drop),
-            _decimal(s.summary.kl_end, 1),
-            _decimal(s.summary.proxy_end.mean, 2),
-            _decimal(s.summary.length_end, 1),
-            _decimal(s.summary.seconds_mean, 0 if s.summary.seconds_mean >= 10 else 1),
-        ]
-        for s in shown
-    ]
-    held = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
-    table = Table(
-        columns=[columns[i] for i in held],
-        rows=[[row[i] for i in held] for row in rows],
-        caption="Gold reward and what it cost, "
-        + _seeds_text([s.summary.seeds for s in shown])
-        + ".",
-        notes=" ".join(_table_remarks(shown, methods, reference)),
-    )
-    return Section(title="Results", text=notes, tables=[table])
-
-
-def _table_remarks(
-    shown: Sequence[_Shown], methods: Sequence[MethodRuns], reference: str
-) -> list[str]:
-    found = ["± is half of the 95 % interval over seeds (Student's t)."]
-    single = [s.name for s in shown if s.summary.gold_end.over_prompts]
-    if single:
-        found.append(
-            f"With one seed ({', '.join(single)}) there is no interval over seeds: the ± of its "
-            "gold is over prompts alone."
-        )
-    if reference and len(shown) > 1:
-        found.append(f"The baseline is {reference}; differences to it and drops are paired.")
-    found.append("The peak is that of the mean curve; every seed is read at that one place.")
-    rising = [s.name for s in shown if s.summary.peaks_at_end]
-    if rising:
-        found.append(f"Highest at the end, so perhaps not yet at its peak: {', '.join(rising)}.")
-    estimated = sorted({s.summary.kl_name for s in shown} - {"", "kl/exact"})
-    if estimated:
-        found.append(f"KL in nats a completion; where it is not exact, `{estimated[0]}`.")
-    names = {s.method.name for s in shown}
-    missing = [m.label or m.name for m in methods if m.name not in names]
-    if missing:
-        found.append(f"Without runs: {', '.join(missing)}.")
-    return found
-
-
-def _seeds_text(seeds: Sequence[int]) -> str:
-    low, high = min(seeds), max(seeds)
-    if low != high:
-        return f"means over {low} to {high} seeds"
-    return f"means over {high} seeds" if high > 1 else "one seed"
-
-
 # --- gold and proxy against the KL ---
 
 
-def _curves_section(keep: _Keeper, name: str, group: Sequence[_Shown]) -> Section | None:
-    drawable = [s for s in group if _any_finite(s.kl())]
+def _curves_section(keep: Keeper, name: str, group: Sequence[Shown]) -> Section | None:
+    drawable = [s for s in group if any_finite(s.kl())]
     if not drawable:
         return None
-    pairs = {s.name: _gold_and_proxy(s) for s in drawable}
-    x_range = _x_range([gold for gold, _ in pairs.values()])
-    y_range, cut = _y_range(list(pairs.values()))
-    laws = {s.name: law for s in drawable if (law := _law(s, x_range, y_range)) is not None}
-    title = f"Gold and proxy reward: {name}"
-    file = name.replace(" ", "_").replace("-", "_")
+    pairs = {s.name: s.gold_and_proxy() for s in drawable}
+    width = x_range([gold for gold, _ in pairs.values()])
+    height, cut = y_range(list(pairs.values()))
+    laws = {s.name: law for s in drawable if (law := s.law(width, height)) is not None}
+    title, x_label = f"Gold and proxy reward: {name}", kl_label(drawable)
     together = overoptimization_figure(
-        pairs, title=title, panels=True, laws=laws, x_range=x_range, y_range=y_range
+        pairs,
+        title=title,
+        x_label=x_label,
+        panels=True,
+        laws=laws,
+        x_range=width,
+        y_range=height,
     )
     apart = {
         key: overoptimization_figure(
             {key: pair},
             title="",
+            x_label=x_label,
             laws=laws,
-            x_range=x_range,
-            y_range=y_range,
+            x_range=width,
+            y_range=height,
             legend=False,
             size=_PANEL,
         )
         for key, pair in pairs.items()
     }
+    band = band_words(drawable)
     caption = (
-        "Solid: gold reward with its interval. Dashed: the proxy that was optimised. Dot: gold's "
-        "highest point."
+        f"Solid: gold reward{f'; band: {band}' if band else ''}. Dashed: the proxy that was "
+        "optimised. Dot: gold's highest point."
     )
     if laws:
-        caption += " Dotted: the fitted law; diamond: the peak that it predicts."
+        caption += " Dotted: the law, where it describes the curve; diamond: the peak it predicts."
     if cut:
         caption += " What leaves a panel is cut."
     figures: list[FigureHtml | PanelsHtml] = []
     if len(drawable) > 1:
-        band = len(drawable) <= _MOST_BANDS
-        golds = [s.curve(s.kl(), [p.gold for p in s.points], band=band) for s in drawable]
-        overview = _curves(golds, title=f"Gold reward: {name}", y_label="gold reward", peaks=True)
-        figures.append(
-            keep.figure(f"gold_{file}", overview, "All gold rewards on common axes, peaks dotted.")
+        banded = has_room_for_bands(drawable)
+        golds = [s.gold(s.kl(), band=banded) for s in drawable]
+        overview = common_axes(
+            golds, title=f"Gold reward: {name}", x_label=x_label, y_label="gold reward", peaks=True
         )
-    figures.append(keep.panels(f"gold_and_proxy_{file}", together, apart, caption))
-    best_of_n = name == _FAMILIES["best_of_n"]
+        words = "All gold rewards on common axes; a dot marks the peak."
+        words += f" Band: {band}." if banded and band else ""
+        figures.append(keep.figure(f"gold_{file_name(name)}", overview, words))
+    figures.append(keep.panels(f"gold_and_proxy_{file_name(name)}", together, apart, caption))
+    best_of_n = name == FAMILIES["best_of_n"]
     text = (
-        "The axis is stretched by the square root of the KL, `d`. The law of gold is "
-        f"`{'d (alpha - beta d)' if best_of_n else 'd (alpha - beta log d)'}` (Gao et al. 2022, "
+        "x is the KL on a square-root scale; gold is about "
+        f"{'d (α − β d)' if best_of_n else 'd (α − β log d)'}, with d = √KL (Gao et al. 2022, "
         "arXiv 2210.10760)."
     )
     if best_of_n:
-        text += " The KL of best-of-n is `log n - (n - 1)/n`."
+        text += " The KL is log n − (n − 1)/n: exact without ties, an upper bound with them."
     return Section(title=title, text=text, figures=figures)
 
 
-def _gold_and_proxy(one: _Shown) -> tuple[Curve, Curve | None]:
-    gold = one.curve(one.kl(), [p.gold for p in one.points], band=True)
-    proxy = one.curve(one.kl(), [p.proxy for p in one.points], band=False)
-    return gold, proxy if _any_finite(proxy.y) else None
-
-
-def _law(one: _Shown, x_range: tuple[float, float], y_range: tuple[float, float]) -> Law | None:
-    """Return the fitted law to where the method's KL ends, or on to the predicted peak in sight."""
-    if one.fit is None:
+def _kl_section(keep: Keeper, shown: Sequence[Shown]) -> Section | None:
+    """Compare the estimators of the KL in one method, and in one that PPO trained."""
+    known = {s.name: [key for key in _ESTIMATORS if any_finite(s.means(key))] for s in shown}
+    several = [s for s in shown if len(known[s.name]) > 1]
+    drawn = several[:1] + [s for s in several[1:] if s.method.optimiser == "ppo"][:1]
+    if not drawn:
         return None
-    law, height = one.fit.law, one.fit.peak_gold
-    seen = 0 < law.peak_kl <= x_range[1] and y_range[0] <= height <= y_range[1]
-    end = max(k for k in one.kl() if math.isfinite(k))
-    end = min(max(end, 1.1 * law.peak_kl), x_range[1]) if seen else end
-    nats = [end * (i / 60) ** 2 for i in range(61)]  # even in the square root
-    curve = Curve(name="fitted law", x=nats, y=one.fit.gold_at(nats))
-    return curve, (law.peak_kl, height) if seen else None
-
-
-def _x_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    found = [float(x) for curve in curves for x in curve.x]
-    low, high = min(0.0, *found), max(found)
-    # In the square root, 3 % of the width beyond the last point.
-    return low, high * 1.03**2 if high > 0 else 1.0
-
-
-def _y_range(pairs: Sequence[tuple[Curve, Curve | None]]) -> tuple[tuple[float, float], bool]:
-    """Return an axis on which gold can be read, and whether a proxy leaves it.
-
-    Proxies, and intervals of few seeds, may run far away; they get some room and are cut there.
-    """
-    golds = [float(y) for gold, _ in pairs for y in gold.y if math.isfinite(y)]
-    ends = [float(y) for g, _ in pairs for e in (g.low, g.high) if e for y in e if math.isfinite(y)]
-    proxies = [float(y) for _, p in pairs if p is not None for y in p.y if math.isfinite(y)]
-    if not golds:
-        return (0.0, 1.0), False
-    room = max(golds) - min(golds) or 1.0
-    floor, ceiling = min(golds) - 0.25 * room, max(golds) + 0.5 * room
-    low = max(min([*golds, *ends, *proxies]), floor)
-    high = min(max([*golds, *ends, *proxies]), ceiling)
-    cut = any(not floor <= y <= ceiling for y in proxies + ends)
-    margin = 0.04 * (high - low)
-    return (low - margin, high + margin), cut
-
-
-def _fits_section(shown: Sequence[_Shown]) -> Section | None:
-    rows: list[list[Cell]] = []
-    for s in shown:
-        if s.fit is None:
-            continue
-        law = s.fit.law
-        rows.append(
-            [
-                s.name,
-                law.alpha,
-                law.beta,
-                _decimal(law.peak_kl, 1) if law.peak_kl < 1e5 else None,
-                s.fit.peak_gold if law.peak_kl < 1e5 else None,
-                _decimal(s.summary.kl_peak, 1),
-                s.summary.gold_peak.mean,
-                law.rms_error,
-            ]
-        )
-    if not rows:
-        return None
-    table = Table(
-        columns=[
-            "method",
-            "alpha",
-            "beta",
-            "predicted\npeak KL",
-            "predicted\npeak gold",
-            "observed\npeak KL",
-            "observed\npeak gold",
-            "rms\nerror",
-        ],
-        rows=rows,
-        caption="The laws' parameters, fitted to the mean curves by least squares.",
-        notes="A peak without numbers lies out of reach: the law does not fall. A predicted peak "
-        "far beyond the last KL is an extrapolation. The error is in units of the gold reward.",
-    )
-    return Section(title="Fitted laws", tables=[table])
-
-
-# --- over the course of optimisation ---
-
-
-def _stability_section(keep: _Keeper, groups: Mapping[str, Sequence[_Shown]]) -> Section | None:
-    figures = [
-        figure
-        for name, group in groups.items()
-        if (figure := _place_figure(keep, "gold", name, group)) is not None
-    ]
-    if not figures:
-        return None
+    figures = [_estimators_figure(keep, s, known[s.name]) for s in drawn]
     return Section(
-        title="Gold over the course of optimisation",
-        text="Where a line still rises at its end, more optimisation may help; where it falls, "
-        "stopping at the right moment would have to be known without the gold reward.",
+        title="Estimators of the KL",
+        text="`k1` is unbiased and may be negative; `k2` is biased, the more so the further "
+        "the policy has moved; `k3` is unbiased with a heavy tail (Schulman 2020).",
         figures=figures,
     )
 
 
+_ESTIMATORS = ("kl/k1", "kl/k2", "kl/k3", "kl/exact")  # as drawn: the exact one on top
+
+
+def _estimators_figure(keep: Keeper, one: Shown, keys: Sequence[str]) -> FigureHtml:
+    curves = [
+        Curve(
+            name=key.removeprefix("kl/"),
+            x=one.places(),
+            y=one.means(key),
+            dashed=key == "kl/exact",
+            color=INK if key == "kl/exact" else SERIES_LIGHT[_ESTIMATORS.index(key)],
+        )
+        for key in keys
+    ]
+    place = one.summary.place_name
+    figure = common_axes(
+        curves,
+        title=f"KL: {one.name}",
+        y_label="nats a completion",
+        x_label=PLACE_LABELS[place],
+        x_scale=PLACE_SCALES[place],
+    )
+    # One heavy tail would flatten all other lines.
+    tame = [c for c in curves if c.name in ("exact", "k1")]
+    largest = max((v for c in tame for v in c.y if math.isfinite(v)), default=0.0)
+    top = figure.axes[0].get_ylim()[1]
+    cut = 0 < 3 * largest < top
+    figure.axes[0].set_ylim(top=3 * largest if cut else top)
+    caption = "Means over seeds." + (" What leaves the axes is cut." if cut else "")
+    return keep.figure(f"kl_estimators_{file_name(one.method.name)}", figure, caption)
+
+
+# --- over the course of optimisation ---
+
 _OVER_PLACES = {
+    "gold": (
+        "Gold over the course of optimisation",
+        "gold reward",
+        "Where a line still rises at its end, more optimisation may help; where it falls, "
+        "stopping at the right moment would have to be known without the gold reward.",
+    ),
     "spread": (
         "Spread between the members",
         "std between members",
@@ -522,209 +327,73 @@ _OVER_PLACES = {
 }
 
 
-def _over_places_section(
-    keep: _Keeper, groups: Mapping[str, Sequence[_Shown]], key: str
+def _places_section(
+    keep: Keeper, groups: Mapping[str, Sequence[Shown]], key: str
 ) -> Section | None:
-    title, y_label, text = _OVER_PLACES[key]
-    figures = [
-        figure
-        for name, group in groups.items()
-        if (figure := _place_figure(keep, key, name, group, y_label=y_label)) is not None
-    ]
+    title, _, text = _OVER_PLACES[key]
+    drawn = (_place_figure(keep, key, name, group) for name, group in groups.items())
+    figures = [figure for figure in drawn if figure is not None]
     return Section(title=title, text=text, figures=figures) if figures else None
 
 
-def _place_figure(
-    keep: _Keeper, key: str, name: str, group: Sequence[_Shown], *, y_label: str = "gold reward"
-) -> FigureHtml | None:
-    """Draw a quantity of a group's methods against how far they were optimised."""
-    known = [s for s in group if _any_finite(s.means(key))]
+def _place_figure(keep: Keeper, key: str, name: str, group: Sequence[Shown]) -> FigureHtml | None:
+    """Draw a quantity of a family's methods against how far they were optimised."""
+    known = [s for s in group if any_finite(s.means(key))]
     if not known:
         return None
     place = known[0].summary.place_name
     same = [s for s in known if s.summary.place_name == place]
-    band = key == "gold" and len(same) <= _MOST_BANDS
+    banded = key == "gold" and has_room_for_bands(same)
     curves = [
-        s.curve(s.places(), [p.gold for p in s.points], band=band)
+        s.gold(s.places(), band=banded)
         if key == "gold"
         else s.curve(s.places(), [Estimate(mean=v) for v in s.means(key)], band=False)
         for s in same
     ]
-    figure = _curves(
+    figure = common_axes(
         curves,
-        title=name[0].upper() + name[1:],
-        y_label=y_label,
-        x_label=_PLACE_LABELS[place],
-        x_scale=_PLACE_SCALES[place],
+        title=capital(name),
+        y_label=_OVER_PLACES[key][1],
+        x_label=PLACE_LABELS[place],
+        x_scale=PLACE_SCALES[place],
         peaks=key == "gold",
         line=0.5 if key == "agreement" else None,
     )
-    file = f"{key}_over_{place.replace('/', '_')}_{name.replace(' ', '_').replace('-', '_')}"
-    return keep.figure(
-        file, figure, "Means over seeds" + (", peaks dotted." if key == "gold" else ".")
-    )
+    caption = "Means over seeds" + ("; a dot marks the peak." if key == "gold" else ".")
+    if banded and band_words(same):
+        caption += f" Band: {band_words(same)}."
+    return keep.figure(f"{key}_over_{file_name(place)}_{file_name(name)}", figure, caption)
 
 
-def _curves(
-    curves: Sequence[Curve],
-    *,
-    title: str,
-    y_label: str,
-    x_label: str = "KL from the reference policy (nats)",
-    x_scale: Scale = "sqrt",
-    peaks: bool = False,
-    marked: bool = False,
-    line: float | None = None,
-) -> Figure:
-    """Curves on common axes that keep their height whatever the legend takes."""
-    legend = legend_height([curve.name for curve in curves]) if len(curves) > 1 else 0.0
-    figure = curve_figure(
-        curves,
-        title=title,
-        x_label=x_label,
-        y_label=y_label,
-        x_scale=x_scale,
-        peaks=peaks,
-        marked=marked,
-        size=(4.5, 3.0 + legend),
-    )
-    if line is not None:
-        figure.axes[0].axhline(line, color=INK, linewidth=0.8, alpha=0.7)
-    return figure
-
-
-def _kl_section(keep: _Keeper, shown: Sequence[_Shown], baseline: str) -> Section | None:
-    """Compare the estimators of the KL in one method: the baseline, or the first that has two."""
-    order = sorted(shown, key=lambda s: s.method.name != baseline)
-    keys = ("kl/exact", "kl/k1", "kl/k2", "kl/k3")
-    for s in order:
-        known = [key for key in keys if _any_finite(s.means(key))]
-        if len(known) < 2:
-            continue
-        curves = [
-            Curve(name=key, x=s.places(), y=s.means(key), dashed=key == "kl/exact") for key in known
-        ]
-        place = s.summary.place_name
-        figure = _curves(
-            curves,
-            title=f"KL: {s.name}",
-            y_label="nats a completion",
-            x_label=_PLACE_LABELS[place],
-            x_scale=_PLACE_SCALES[place],
-        )
-        # One heavy tail would flatten all other lines.
-        sizes = [v for c in curves[:2] for v in c.y if math.isfinite(v)]
-        top = figure.axes[0].get_ylim()[1]
-        figure.axes[0].set_ylim(top=min(top, 3 * max(sizes)) if max(sizes) > 0 else top)
-        return Section(
-            title="Estimators of the KL",
-            text="`k1` is unbiased and may be negative; `k2` is biased, the more so the further "
-            "the policy has moved; `k3` is unbiased with a heavy tail (Schulman 2020).",
-            figures=[keep.figure("kl_estimators", figure, "Means over seeds, cut where far off.")],
-        )
-    return None
-
-
-def _peak_section(keep: _Keeper, shown: Sequence[_Shown]) -> Section:
+def _peak_section(keep: Keeper, shown: Sequence[Shown]) -> Section:
     summaries = [s.summary for s in shown]
     starts = [s.gold_start.mean for s in summaries]
     figure = peak_and_end_figure(
         [s.name for s in shown],
         peaks=[s.gold_peak.mean for s in summaries],
         ends=[s.gold_end.mean for s in summaries],
-        low=[s.gold_end.low for s in summaries],
-        high=[s.gold_end.high for s in summaries],
+        drops=[math.nan if s.peaks_at_end else s.drop.mean for s in summaries],
+        low=[s.gold_end.band[0] for s in summaries],
+        high=[s.gold_end.band[1] for s in summaries],
         colors=[s.color for s in shown],
         title="Gold reward at its peak and at the end",
         x_label="gold reward",
         reference=sum(starts) / len(starts) if all(map(math.isfinite, starts)) else None,
     )
+    band = band_words(shown)
     caption = (
-        "Ring: the peak of the mean curve. Dot: the end, with its interval. Dashed: the reference "
-        "policy."
+        f"Ring: the peak of the mean curve. Dot: the end{f'; line: {band}' if band else ''}. "
+        "Dashed: the reference policy. There is no drop where the peak is the last place."
     )
     return Section(title="Peak and end", figures=[keep.figure("peak_and_end", figure, caption)])
 
 
-# --- the rewards themselves ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reward:
-    names: list[str]  # of the methods that share it
-    reliability: PooledReliability
-
-
-def _rewards(shown: Sequence[_Shown]) -> list[_Reward]:
-    """Return each distinct reward once: methods that share one have identical probabilities."""
-    found: dict[object, list[_Shown]] = {}
-    for s in shown:
-        key = tuple(
-            (run.seed, tuple(run.probabilities), tuple(run.outcomes))
-            for run in s.method.runs
-            if run.probabilities
-        )
-        if key:
-            found.setdefault(key, []).append(s)
-    rewards = []
-    for sharing in found.values():
-        reliability = pooled_reliability(sharing[0].method)
-        if reliability is not None:
-            rewards.append(_Reward(names=[s.name for s in sharing], reliability=reliability))
-    return rewards
-
-
-def _reliability_section(keep: _Keeper, rewards: Sequence[_Reward]) -> Section | None:
-    if not rewards:
-        return None
-    curves = {_title_of(r.names): r.reliability.curve for r in rewards}
-    remarks = {_title_of(r.names): _remark(r.reliability) for r in rewards}
-    together = reliability_panels(curves, title="Reliability on held-out pairs", remarks=remarks)
-    apart = {n: reliability_panels({"": c}, remarks={"": remarks[n]}) for n, c in curves.items()}
-    rows: list[list[Cell]] = [
-        [
-            "; ".join(r.names),
-            _interval_text(r.reliability.accuracy),
-            r.reliability.ece,
-            r.reliability.brier,
-            r.reliability.pairs,
-        ]
-        for r in rewards
-    ]
-    table = Table(
-        columns=["methods with this reward", "accuracy", "ECE", "Brier score", "pairs"],
-        rows=rows,
-        caption="Each reward on the annotator's choices between held-out answers of the reference "
-        "policy.",
-        notes="Where the annotator errs, not even gold agrees with every choice. ± over seeds. ECE "
-        "and Brier score are of all seeds' pairs together; a reward that says nothing has a Brier "
-        "score of 0.25.",
-    )
-    caption = (
-        "How often the first answer was preferred against the chance that the reward gave it; on "
-        "the dashed diagonal a probability means what it says. Columns: how many pairs."
-    )
-    return Section(
-        title="Reliability of the rewards",
-        tables=[table],
-        figures=[keep.panels("reliability", together, apart, caption)],
-    )
-
-
-def _remark(found: PooledReliability) -> str:
-    return f"accuracy {found.accuracy.mean:.2f}\nECE {found.ece:.3f}"
-
-
-def _title_of(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def _weights_section(keep: _Keeper, shown: Sequence[_Shown]) -> Section | None:
+def _weights_section(keep: Keeper, shown: Sequence[Shown]) -> Section | None:
     """Sweep the weight of the nominal reward, for each optimiser that has two weights."""
     figures = []
     for optimiser in dict.fromkeys(s.method.optimiser for s in shown):
         own = [
-            (s.method.nominal_weight, s.summary)
+            (s.method.nominal_weight, s)
             for s in shown
             if s.method.optimiser == optimiser and s.method.nominal_weight is not None
         ]
@@ -732,22 +401,22 @@ def _weights_section(keep: _Keeper, shown: Sequence[_Shown]) -> Section | None:
         weights = [weight for weight, _ in own]
         if len(set(weights)) < 2:
             continue
-        curves = [
-            _weight_curve("gold at the end", weights, [s.gold_end for _, s in own], dashed=False),
-            _weight_curve("gold at its peak", weights, [s.gold_peak for _, s in own], dashed=True),
-        ]
-        name = _FAMILIES.get(optimiser, optimiser.upper())
-        figure = _curves(
-            curves,
-            title=name[0].upper() + name[1:],
+        ends, peaks = ([getattr(s.summary, e) for _, s in own] for e in ("gold_end", "gold_peak"))
+        name = FAMILIES.get(optimiser, optimiser.upper())
+        figure = common_axes(
+            [
+                _weight_curve("gold at the end", weights, ends, dashed=False),
+                _weight_curve("gold at its peak", weights, peaks, dashed=True),
+            ],
+            title=capital(name),
             x_label="weight of the nominal reward",
             y_label="gold reward",
             x_scale="linear",
             marked=True,
         )
-        figures.append(
-            keep.figure(f"nominal_weight_{optimiser}", figure, "Means and intervals over seeds.")
-        )
+        band = band_words([s for _, s in own])
+        caption = "Means over seeds." + (f" Bands: {band}." if band else "")
+        figures.append(keep.figure(f"nominal_weight_{optimiser}", figure, caption))
     if not figures:
         return None
     return Section(
@@ -765,14 +434,17 @@ def _weight_curve(
         name=name,
         x=weights,
         y=[e.mean for e in estimates],
-        low=[e.low for e in estimates],
-        high=[e.high for e in estimates],
+        low=[e.band[0] for e in estimates],
+        high=[e.band[1] for e in estimates],
         dashed=dashed,
         color=SERIES_LIGHT[1 if dashed else 0],
     )
 
 
-def _win_section(keep: _Keeper, shown: Sequence[_Shown], rates: WinRates) -> Section | None:
+# --- win rates ---
+
+
+def _win_section(keep: Keeper, shown: Sequence[Shown], rates: WinRates) -> Section | None:
     known = [i for i in range(len(shown)) if not math.isnan(float(rates.mean[i, i]))]
     if len(known) < 2:
         return None
@@ -783,8 +455,8 @@ def _win_section(keep: _Keeper, shown: Sequence[_Shown], rates: WinRates) -> Sec
     for place, i in enumerate(known):
         cells: list[Cell] = [
             None
-            if i == j or math.isnan(float(rates.mean[i, j]))
-            else _share_text(
+            if i == j
+            else share_text(
                 float(rates.mean[i, j]), float(rates.low[i, j]), float(rates.high[i, j])
             )
             for j in known
@@ -793,8 +465,8 @@ def _win_section(keep: _Keeper, shown: Sequence[_Shown], rates: WinRates) -> Sec
     table = Table(
         columns=["row against column", *(str(place + 1) for place in range(len(known)))],
         rows=rows,
-        caption="Win rates of the row against the column in per cent, ± half of the 95 % interval "
-        "over seeds.",
+        caption="Win rates of the row against the column in per cent, with the 95 % interval over "
+        "seeds from three on.",
     )
     caption = (
         "How often, in per cent, the row's last policy answers a prompt with more gold than the "
@@ -803,33 +475,32 @@ def _win_section(keep: _Keeper, shown: Sequence[_Shown], rates: WinRates) -> Sec
     return Section(
         title="Win rates",
         figures=[keep.figure("win_rates", figure, caption)],
-        tables=[table],
+        details=[Details(summary="The win rates as a table", table=table)],
     )
-
-
-def _configuration_section(config: str, environment: Mapping[str, Any]) -> Section | None:
-    details = []
-    if config:
-        details.append(Details(summary="config.yaml", text=config.rstrip()))
-    if environment:
-        text = "\n".join(f"{key}: {value}" for key, value in environment.items())
-        details.append(Details(summary="environment.json", text=text))
-    return Section(title="Configuration", details=details) if details else None
 
 
 # --- numbers ---
 
 
 def _numbers(
-    shown: Sequence[_Shown], baseline: str, rates: WinRates, rewards: Sequence[_Reward]
+    shown: Sequence[Shown], baseline: str, rates: WinRates, rewards: Sequence[Reward]
 ) -> dict[str, Any]:
     """Return what `comparison.json` holds."""
     methods = []
     for s in shown:
-        summary = dataclasses.asdict(s.summary)
-        fit = {**dataclasses.asdict(s.fit), "peak_gold": s.fit.peak_gold} if s.fit else None
-        curve = [dataclasses.asdict(point) for point in s.points]
-        methods.append({**summary, "fit": fit, "curve": curve})
+        fit = None
+        if s.fit is not None:
+            own = {"peak_gold": s.fit.peak_gold, "describes": s.fit.describes}
+            fit = dataclasses.asdict(s.fit) | own
+        methods.append(
+            {
+                **dataclasses.asdict(s.summary),
+                "family": s.family,
+                "compared_with": s.compared_with,
+                "fit": fit,
+                "curve": [dataclasses.asdict(point) for point in s.points],
+            }
+        )
     reliability = [
         {
             "methods": r.names,
@@ -847,13 +518,9 @@ def _numbers(
         "high": rates.high.tolist(),
         "seeds": rates.seeds.tolist(),
     }
-    found = {
-        "baseline": baseline,
-        "methods": methods,
-        "reliability": reliability,
-        "win_rates": wins,
-    }
-    plain: dict[str, Any] = _finite(found)
+    plain: dict[str, Any] = _finite(
+        {"baseline": baseline, "methods": methods, "reliability": reliability, "win_rates": wins}
+    )
     return plain
 
 
@@ -864,33 +531,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _interval_text(estimate: Estimate | None) -> Cell:
-    """Return `0.61 ± 0.02`, without the interval where there is none."""
-    if estimate is None or math.isnan(estimate.mean):
-        return None
-    return _plus_minus(estimate.mean, estimate.half_width, 2 if abs(estimate.mean) < 100 else 1)
-
-
-def _plus_minus(mean: float, half: float, decimals: int) -> str:
-    text = f"{mean:.{decimals}f}"
-    text = text if float(text) else f"{0:.{decimals}f}"  # never -0.00
-    if math.isfinite(half):
-        text += f" ± {half:.{decimals}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _share_text(mean: float, low: float, high: float) -> str:
-    return _plus_minus(100 * mean, 50 * (high - low), 0)
-
-
-def _decimal(value: float, decimals: int) -> Cell:
-    """Return a number with these decimals, nothing for NaN."""
-    if abs(value) >= 1e6:
-        return value
-    return _plus_minus(value, math.nan, decimals) if math.isfinite(value) else None
-
-
-def _any_finite(values: Sequence[float]) -> bool:
-    return any(math.isfinite(value) for value in values)

@@ -1,19 +1,12 @@
 """Figures for papers and for the HTML report, drawn without pyplot's global state."""
 
-import hashlib
 import math
-import re
 import textwrap
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
-from xml.etree import ElementTree
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import is_color_like
@@ -24,36 +17,16 @@ from matplotlib.scale import FuncScale
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from trueward.evaluate.calibration import ReliabilityCurve
+from trueward.report.numbers import decimal, format_number
+from trueward.report.svg import INK, SERIES_LIGHT, output_settings
 
 Scale = Literal["linear", "sqrt", "log"]
 Numbers = Sequence[float | int]
 
-# Told apart by the colour-blind (after Okabe and Ito, and Tol); at least 3:1 on either page.
-SERIES_LIGHT = (
-    "#0072b2",
-    "#d55e00",
-    "#00896a",
-    "#a8518a",
-    "#957000",
-    "#6b6b6b",
-    "#3a93c8",
-    "#7a2048",
-)
-SERIES_DARK = (
-    "#5aa9e6",
-    "#f08a3c",
-    "#36b893",
-    "#d88bbd",
-    "#cfa93a",
-    "#a9a6a0",
-    "#8fcdf2",
-    "#d4768f",
-)
-INK = "#1d1c1a"  # what becomes `currentColor`: no series may have it
-INK_DARK = "#e7e4de"
 _QUIET = 0.7  # opacity of tick labels and axes
 _GRID = 0.12
 _TEXT, _SMALL = 9.5, 8.5  # points
+_LONG_LEGEND = 6  # entries that may stand below each other
 KL_LABEL = "KL from the reference policy (nats)"
 _HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.2, "linewidth": 0}
 _DIAMOND = {"marker": "D", "markersize": 5.5, **_HOLLOW}
@@ -225,6 +198,7 @@ def peak_and_end_figure(
     *,
     peaks: Numbers,
     ends: Numbers,
+    drops: Numbers,
     low: Numbers,
     high: Numbers,
     title: str,
@@ -238,7 +212,8 @@ def peak_and_end_figure(
         names: One for each row, from the top down.
         peaks: The highest values.
         ends: The last values.
-        low: Lower ends of the last values' intervals; NaN draws none.
+        drops: How far each fell, written beside its row; NaN where the end is the peak.
+        low: Lower ends of the lines through the last values; NaN draws none.
         high: Their upper ends.
         title: Of the figure.
         x_label: What the values are.
@@ -246,9 +221,10 @@ def peak_and_end_figure(
         reference: Where to draw a line to compare with (the start).
     """
     Curve(name=title, x=peaks, y=ends, low=low, high=high)  # checks the lengths
-    if not names or len(names) != len(ends):
+    if not names or not len(names) == len(ends) == len(drops):
         raise ValueError(
-            f"there must be a name for each peak and end, got {len(names)} and {len(ends)}."
+            f"there must be a name and a drop for each peak and end, got {len(names)} and "
+            f"{len(drops)} for {len(ends)}."
         )
     figure = _figure(height=1.1 + 0.34 * len(names))
     _head(figure, title)
@@ -257,15 +233,13 @@ def peak_and_end_figure(
     if reference is not None:
         axes.axvline(reference, color=INK, linewidth=0.8, dashes=(4, 3), alpha=_QUIET)
     drawn = colors or [SERIES_LIGHT[0]] * len(names)
-    rows = zip(peaks, ends, low, high, drawn, strict=True)
-    for place, (peak, end, bottom, top, color) in enumerate(rows):
+    rows = zip(peaks, ends, drops, low, high, drawn, strict=True)
+    for place, (peak, end, drop, bottom, top, color) in enumerate(rows):
         axes.hlines(place, min(peak, end), max(peak, end), color=color, linewidth=4, alpha=0.3)
         axes.hlines(place, bottom, top, color=color, linewidth=1.1)
         axes.plot([peak], [place], color=color, **_RING)
         axes.plot([end], [place], color=color, marker="o", markersize=4.5, linewidth=0)
-        drop = f"{end - peak:.2f}".replace("-", "\N{MINUS SIGN}") if end < peak else "0"
-        if math.isfinite(peak - end):
-            _beside(axes, drop, place)
+        _beside(axes, format_number(decimal(drop, 2)), place)
     _beside(axes, "drop", -0.9)
     axes.set_yticks(
         range(len(names)), [_plain(_wrapped(n, 28)) for n in names], color=INK, alpha=1.0
@@ -328,105 +302,6 @@ def matrix_figure(
     return figure
 
 
-def bar_figure(
-    names: Sequence[str],
-    values: Numbers,
-    *,
-    low: Numbers | None = None,
-    high: Numbers | None = None,
-    title: str,
-    x_label: str,
-    reference: float | int | None = None,
-    colors: Sequence[str] | None = None,
-) -> Figure:
-    """Horizontal bars from zero, each with its value and, where given, its interval.
-
-    Args:
-        names: One for each bar, from the top down.
-        values: How long the bars are.
-        low: Lower ends of the intervals.
-        high: Their upper ends.
-        title: Of the figure.
-        x_label: What the values are.
-        reference: Where to draw a line to compare with (chance, a baseline).
-        colors: One for each bar; the palette's first by default.
-    """
-    bars = Curve(name=title, x=range(len(names)), y=values, low=low, high=high)
-    if not names:
-        raise ValueError("a bar figure needs at least one bar, got none.")
-    figure = _figure(height=0.75 + 0.3 * len(names))
-    axes = figure.add_subplot()
-    _dress(axes, title=title, x_label=x_label, y_label="", grid="x")
-    drawn = colors or [SERIES_LIGHT[0]] * len(names)
-    axes.barh(bars.x, bars.y, height=0.62, color=drawn, alpha=0.85, linewidth=0)
-    ends = list(bars.y)
-    largest = max((abs(v) for v in bars.y if math.isfinite(v)), default=0.0) or 1.0
-    decimals = min(max(2 - math.floor(math.log10(largest)), 0), 4)
-    if bars.low is not None and bars.high is not None:
-        axes.hlines(bars.x, bars.low, bars.high, color=INK, linewidth=1.2)
-        ends = [max(pair) for pair in zip(bars.high, bars.y, strict=True)]
-    for place, (end, value) in enumerate(zip(ends, bars.y, strict=True)):
-        if math.isfinite(value) and math.isfinite(end):
-            axes.annotate(
-                f"{value:.{decimals}f}".replace("-", "\N{MINUS SIGN}"),
-                (max(end, 0.0), place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                size=_SMALL,
-                color=INK,
-            )
-    axes.set_yticks(list(bars.x), [_plain(name) for name in names], color=INK, alpha=1.0)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.margins(x=0.12)
-    axes.axvline(0, color=INK, linewidth=0.8, alpha=_QUIET)
-    if reference is not None:
-        axes.axvline(reference, color=INK, linewidth=0.8, dashes=(4, 3), alpha=_QUIET)
-    axes.spines["left"].set_visible(False)
-    return figure
-
-
-def reliability_figure(
-    curve: ReliabilityCurve,
-    *,
-    title: str = "Reliability",
-    x_label: str = "stated probability",
-    y_label: str = "observed frequency",
-) -> Figure:
-    """Observed frequency against stated probability, above how many examples each bin holds.
-
-    On the dashed diagonal a probability means what it says; below it the model is too sure.
-    """
-    full = curve.count > 0
-    confidence, frequency = curve.confidence[full].tolist(), curve.frequency[full].tolist()
-    if not confidence:
-        raise ValueError("a reliability figure needs at least one example, got empty bins only.")
-    width = 1.0 / len(curve.centres)
-    figure = _figure(height=4.2)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    _dress(above, title=title, x_label="", y_label=y_label)
-    _dress(below, title="", x_label=x_label, y_label="examples")
-    above.plot([0, 1], [0, 1], color=INK, linewidth=0.8, dashes=(4, 3), alpha=_QUIET)
-    above.plot(
-        confidence, frequency, color=SERIES_LIGHT[0], linewidth=1.6, marker="o", markersize=4
-    )
-    below.bar(
-        curve.centres[full].tolist(),
-        curve.count[full].tolist(),
-        width=width * 0.86,
-        color=SERIES_LIGHT[0],
-        alpha=0.5,
-        linewidth=0,
-    )
-    # Of two sides the likelier has at least 1/2: half of the axis would stay empty.
-    first = 0.5 if float(curve.centres[full].min()) > 0.5 else 0.0
-    below.set_xlim(first - 0.01, 1.01)
-    above.set_ylim(min(first, *frequency) - 0.02, 1.02)
-    below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-    figure.align_ylabels()
-    return figure
-
-
 def reliability_panels(
     curves: Mapping[str, ReliabilityCurve],
     *,
@@ -472,7 +347,7 @@ def reliability_panels(
 
 def settle_layout(figure: Figure) -> Figure:
     """Place everything once and for all: each of several outputs would place it anew, slowly."""
-    with _output_settings():
+    with output_settings():
         figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
@@ -489,54 +364,11 @@ def save_figure(figure: Figure, path: str | Path) -> tuple[Path, Path]:
         base = base.with_suffix("")
     base.parent.mkdir(parents=True, exist_ok=True)
     png, pdf = base.with_name(base.name + ".png"), base.with_name(base.name + ".pdf")
-    with _output_settings():
+    with output_settings():
         figure.savefig(png, dpi=200, facecolor="white", metadata={"Software": None})
         dates = {"CreationDate": None, "ModDate": None}
         figure.savefig(pdf, facecolor="white", metadata=dates)
     return png, pdf
-
-
-def to_svg(
-    figure: Figure, *, theme: Literal["light", "dark"] = "light", label: str | None = None
-) -> str:
-    """Return an `<svg>` to put into a page or a file: transparent, self-contained, deterministic.
-
-    Text and axes are `currentColor`, set from the page's `--figure-ink`, and the palette's colours
-    are `--figure-series-1` ... `-8`, so that one SVG serves both themes of a page that defines
-    them. `theme` says which colours hold where nothing does (a file on its own), `label` what the
-    drawing is to those who do not see it (its title by default). Ids that are referred to begin
-    with a digest of the drawing, the others are dropped.
-    """
-    out = StringIO()
-    with _output_settings():
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    root = ElementTree.fromstring(out.getvalue())
-    _strip(root)
-    colors = _color_names(theme)
-    for element in root.iter():
-        _rewrite(element, colors)
-    ink = INK if theme == "light" else INK_DARK
-    width, height = root.attrib["viewBox"].split()[2:]
-    titles = [a.get_title(loc="left") for a in figure.axes]
-    title = label or figure.get_suptitle() or next((t for t in titles if t), "figure")
-    root.attrib = {
-        "xmlns": "http://www.w3.org/2000/svg",
-        "viewBox": root.attrib["viewBox"],
-        "width": f"{float(width):g}",
-        "height": f"{float(height):g}",
-        "role": "img",
-        "aria-label": title.replace(r"\$", "$").replace("\n", " "),
-        # As a style element (matplotlib's way) these would hold for the whole page.
-        "style": f"color: var(--figure-ink, {ink}); stroke-linejoin: round; stroke-linecap: butt",
-    }
-    svg = ElementTree.tostring(root, encoding="unicode")
-    return with_id_prefix(svg, "f" + hashlib.sha256(svg.encode()).hexdigest()[:8] + "-")
-
-
-def with_id_prefix(svg: str, prefix: str) -> str:
-    """Return the SVG with `prefix` before every id and every reference to one."""
-    svg = re.sub(r'(<[^<>]*?\sid=")', rf"\g<1>{prefix}", svg)
-    return re.sub(r'(\shref="#|url\(#)', rf"\g<1>{prefix}", svg)
 
 
 def sqrt_ticks(low: float, high: float, *, count: int = 6) -> list[float]:
@@ -712,11 +544,15 @@ def legend_height(names: Sequence[str], *, width: float = 4.5) -> float:
 
 
 def _legend_layout(names: Sequence[str], width: float) -> tuple[list[str], int]:
-    """Return the labels, wrapped where they would leave the figure, and how many stand abreast."""
-    room = width * 12  # characters that fit beside each other
-    labels = [_plain(_wrapped(name, int(room) - 6)) for name in names]
+    """Return the labels, wrapped where they would leave the figure, and how many stand abreast.
+
+    Many stand in two columns at least: one would be taller than the axes.
+    """
+    room = width * 13.4  # characters that fit beside each other
+    least = 2 if len(names) > _LONG_LEGEND else 1
+    labels = [_plain(_wrapped(name, int(room / least) - 6)) for name in names]
     longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
-    return labels, max(1, min(len(labels), int(room / (longest + 6))))
+    return labels, max(least, min(len(labels), int(room / (longest + 6))))
 
 
 def _legend_line(name: str, color: str, dashed: bool) -> Entry:
@@ -792,66 +628,3 @@ def _wrapped(text: str, characters: int) -> str:
 def _plain(text: str) -> str:
     """Keep two dollar signs in a name from becoming a formula."""
     return text.replace("$", r"\$")
-
-
-# --- output ---
-
-
-@contextmanager
-def _output_settings() -> Iterator[None]:
-    """Apply what matplotlib reads from its settings alone: text as text, ids from the drawing."""
-    with (
-        mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "trueward", "pdf.fonttype": 42}),
-        warnings.catch_warnings(),
-    ):
-        # The reader's browser has the letters that matplotlib's own font lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-_XLINK = "{http://www.w3.org/1999/xlink}href"
-
-
-def _strip(root: ElementTree.Element) -> None:
-    """Take away what refers outside, holds for the whole page or is of no use in it."""
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        if _XLINK in element.attrib:
-            element.set("href", element.attrib.pop(_XLINK))
-        if "d" in element.attrib:
-            element.set("d", " ".join(element.attrib["d"].split()))
-        if element.tag != "text":
-            element.text = None
-        element.tail = None
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in ("metadata", "style") or (child.tag == "defs" and not len(child)):
-                parent.remove(child)
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', ElementTree.tostring(root, "unicode")))
-    for element in root.iter():
-        if element.get("id") not in used:
-            element.attrib.pop("id", None)
-
-
-def _color_names(theme: Literal["light", "dark"]) -> dict[str, str]:
-    fallback = SERIES_LIGHT if theme == "light" else SERIES_DARK
-    names = {INK: "currentColor", "#000000": "currentColor"}
-    for index, (color, own) in enumerate(zip(SERIES_LIGHT, fallback, strict=True)):
-        names[color] = f"var(--figure-series-{index + 1}, {own})"
-    return names
-
-
-def _rewrite(element: ElementTree.Element, colors: Mapping[str, str]) -> None:
-    """Name the colours, and let the page choose the typeface."""
-    style = element.get("style", "")
-    if element.tag == "text":
-        style = re.sub(
-            r"font-family: [^;]+", "font-family: var(--figure-font, system-ui, sans-serif)", style
-        )
-        if "fill:" not in style:
-            style += "; fill: currentColor"
-        if element.get("transform", "").startswith("rotate(-0 "):
-            del element.attrib["transform"]
-    style = re.sub(r"#[0-9a-f]{6}\b", lambda found: colors.get(found[0], found[0]), style)
-    if style:
-        element.set("style", style)

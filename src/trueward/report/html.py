@@ -1,17 +1,21 @@
 """The HTML report: one file that needs nothing else, set like a paper."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 
 import jinja2
 from markupsafe import Markup, escape
 
-from trueward.report.figures import SERIES_DARK, SERIES_LIGHT, with_id_prefix
-
-Cell = str | float | int | None
+from trueward.report.numbers import (
+    Cell,
+    column_decimals,
+    format_number,
+    is_number_column,
+    sort_key,
+)
+from trueward.report.svg import SERIES_DARK, SERIES_LIGHT, with_id_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +79,12 @@ class SampleRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """Verbatim text behind a line that opens it (a configuration, versions)."""
+    """What stands behind a line that opens it: terms and their meanings, a table, verbatim text."""
 
     summary: str
-    text: str
+    terms: Mapping[str, str] = field(default_factory=dict)
+    table: Table | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +99,14 @@ class Section:
     details: Sequence[Details] = ()
 
 
-def render_report(*, title: str, lead: str, sections: Sequence[Section], footer: str = "") -> str:
+def render_report(
+    *,
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    preface: Sequence[Details] = (),
+    footer: str = "",
+) -> str:
     """Return the page as one self-contained HTML file.
 
     All text is escaped; in prose, `backticks` set code. The figures' ids are made unique.
@@ -102,6 +115,7 @@ def render_report(*, title: str, lead: str, sections: Sequence[Section], footer:
         title: The heading.
         lead: What was found, in one or two sentences.
         sections: The body.
+        preface: What may be opened before it (what the words mean).
         footer: A last, small line (versions).
     """
     environment = jinja2.Environment(
@@ -115,57 +129,10 @@ def render_report(*, title: str, lead: str, sections: Sequence[Section], footer:
         title=title,
         lead=lead,
         sections=sections,
+        preface=preface,
         footer=footer,
         series=list(zip(SERIES_LIGHT, SERIES_DARK, strict=True)),
     )
-
-
-def format_number(value: Cell, decimals: int | None = None) -> str:
-    """Return a number as it is printed: 3 decimals or 3 digits unless told, a true minus sign."""
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        text = str(value)
-    elif not math.isfinite(value):
-        text = "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
-    elif value == 0:
-        text = "0" if decimals is None else f"{0:.{decimals}f}"  # never -0.000
-    elif decimals is not None and abs(value) >= 0.5 * 10**-decimals:
-        text = f"{value:.{decimals}f}"
-    elif abs(value) < 1e-3 or abs(value) >= 1e6:
-        text = f"{value:.2e}"
-    else:
-        text = f"{value:.{_decimals(abs(value))}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def column_decimals(cells: Sequence[Cell]) -> int | None:
-    """Return how many decimals suit all numbers of a column; None where each needs its own.
-
-    The largest number gets about four digits; a column over many orders of magnitude has none.
-    """
-    sizes = [abs(c) for c in cells if isinstance(c, float) and math.isfinite(c) and c != 0]
-    if not sizes or max(sizes) >= 1e6 or max(sizes) < 1e-2 or min(sizes) < max(sizes) * 1e-4:
-        return None
-    return _decimals(max(sizes))
-
-
-def is_number_column(cells: Sequence[Cell]) -> bool:
-    """Whether all that a column holds are numbers, `0.61 ± 0.02` and `0.61 [0.59, 0.63]` too."""
-    held = [c for c in cells if c is not None and c != ""]
-    return bool(held) and all(not isinstance(c, str) or _NUMBERS.fullmatch(c) for c in held)
-
-
-_LEADING = re.compile(r"[\s\[(]*([+\-−]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
-_NUMBERS = re.compile(_LEADING.pattern + r"[\d.,;\s±\[\]()%/e+\-–−]*", re.IGNORECASE)
-
-
-def _decimals(size: float) -> int:
-    return 3 if size < 10 else 2 if size < 100 else 1
 
 
 @dataclass(frozen=True)
@@ -182,24 +149,13 @@ def _set_table(table: Table) -> dict[str, object]:
     numeric = [is_number_column(cells) for cells in by_column]
     rows = [
         [
-            _SetCell(format_number(c, d), _sort_key(c, n), n)
+            _SetCell(format_number(c, d), sort_key(c, numeric=n), n)
             for c, d, n in zip(row, decimals, numeric, strict=True)
         ]
         for row in table.rows
     ]
     # Rows are named by their first cell, where that is a name.
     return {"rows": rows, "numeric": numeric, "named": not numeric[0]}
-
-
-def _sort_key(cell: Cell, numeric: bool) -> str:
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return ""
-    if isinstance(cell, str):
-        found = _LEADING.match(cell) if numeric else None
-        return found[1].replace("\N{MINUS SIGN}", "-") if found else cell
-    if isinstance(cell, float) and math.isinf(cell):
-        return "Infinity" if cell > 0 else "-Infinity"
-    return repr(cell)
 
 
 def _set_figure(figure: FigureHtml | PanelsHtml, number: int) -> dict[str, object]:

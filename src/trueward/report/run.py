@@ -17,21 +17,18 @@ from trueward.report.figures import (
     Scale,
     curve_figure,
     overoptimization_figure,
-    to_svg,
 )
 from trueward.report.html import (
-    Cell,
     Completion,
     Details,
     FigureHtml,
     SampleRow,
     Section,
     Table,
-    column_decimals,
-    format_number,
-    is_number_column,
     render_report,
 )
+from trueward.report.numbers import Cell, column_decimals, format_number, is_number_column
+from trueward.report.svg import to_svg
 from trueward.train.run_folder import write_text
 
 _RUN_FILES = ("summary.json", "config.yaml", "metrics.jsonl")
@@ -65,7 +62,7 @@ def report_run(folder: str | Path) -> Path:
         title=_title(root, own),
         lead=_lead(own, stages),
         sections=list(_sections(own, stages)),
-        footer=_versions((own or stages[0]).environment),
+        footer=versions_line((own or stages[0]).environment),
     )
     target = root / "report.html"
     write_text(target, page)
@@ -88,6 +85,30 @@ def rich_table(table: Table) -> RichTable:
         # As Text, so that [brackets] in a name are not taken for markup.
         drawn.add_row(*(Text(format_number(c, d)) for c, d in zip(row, decimals, strict=True)))
     return drawn
+
+
+def configuration_details(config: str, environment: Mapping[str, Any]) -> list[Details]:
+    """Return `config.yaml` and `environment.json` to be opened; what is empty is left out."""
+    found = []
+    if config:
+        found.append(Details(summary="config.yaml", text=config.rstrip()))
+    if environment:
+        text = "\n".join(f"{key}: {value}" for key, value in environment.items())
+        found.append(Details(summary="environment.json", text=text))
+    return found
+
+
+def versions_line(environment: Mapping[str, Any]) -> str:
+    """Return what a run was made with, from its `environment.json`: a page's last line."""
+    revision = environment.get("revision")
+    known = [
+        f"{name} {environment[name]}"
+        for name in ("trueward", "torch", "transformers", "python")
+        if environment.get(name)
+    ]
+    if revision:
+        known.insert(1, f"revision {str(revision)[:10]}")
+    return ", ".join([*known, *([str(environment["device"])] if "device" in environment else [])])
 
 
 # --- reading ---
@@ -210,18 +231,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
 
 
-def _versions(environment: Mapping[str, Any]) -> str:
-    revision = environment.get("revision")
-    known = [
-        f"{name} {environment[name]}"
-        for name in ("trueward", "torch", "transformers", "python")
-        if environment.get(name)
-    ]
-    if revision:
-        known.insert(1, f"revision {str(revision)[:10]}")
-    return ", ".join([*known, *([str(environment["device"])] if "device" in environment else [])])
-
-
 def _sections(own: _Run | None, stages: Sequence[_Run]) -> Iterator[Section]:
     if own is not None:
         results = _results(own.path)
@@ -238,7 +247,9 @@ def _sections(own: _Run | None, stages: Sequence[_Run]) -> Iterator[Section]:
         if section is not None:
             yield section
     if own is not None and (own.config or own.environment):
-        yield Section(title="Configuration", details=_details(own))
+        yield Section(
+            title="Configuration", details=configuration_details(own.config, own.environment)
+        )
 
 
 def _run_section(run: _Run, *, alone: bool) -> Section | None:
@@ -255,7 +266,7 @@ def _run_section(run: _Run, *, alone: bool) -> Section | None:
         tables=[*(results.tables if results else []), *(t for t in tables if t.rows)],
         figures=[*(results.figures if results else []), *figures],
         samples=results.samples if results else [],
-        details=_details(run),
+        details=configuration_details(run.config, run.environment),
     )
 
 
@@ -277,16 +288,6 @@ def _remarks(run: _Run) -> list[str]:
     ]
     if constant:
         found.append(f"The same at every step: {', '.join(constant)}.")
-    return found
-
-
-def _details(run: _Run) -> list[Details]:
-    found = []
-    if run.config:
-        found.append(Details(summary="config.yaml", text=run.config.rstrip()))
-    if run.environment:
-        text = "\n".join(f"{key}: {value}" for key, value in run.environment.items())
-        found.append(Details(summary="environment.json", text=text))
     return found
 
 
@@ -457,7 +458,10 @@ def _gold_figure(series: Mapping[str, Points]) -> FigureHtml | None:
     if not any(math.isfinite(y) for y in gold.y):
         return None
     figure = overoptimization_figure(
-        {"": (gold, proxy if len(proxy.y) else None)}, title="Gold and proxy reward", size=_SMALL
+        {"": (gold, proxy if len(proxy.y) else None)},
+        title="Gold and proxy reward",
+        x_label="KL (nats, k1)",
+        size=_SMALL,
     )
     return FigureHtml(svg=to_svg(figure))
 

@@ -126,7 +126,7 @@ def train_reward(
         metrics |= batch_metrics(loss, margins, rewards) | {"grad_norm": norm, "epoch": epoch + 1}
         loop.log(metrics, show=["loss", "accuracy"])
     reward_model.eval()
-    prompts, completions = reference or _own_completions(preferences)
+    prompts, completions = reference or own_completions(preferences)
     fitting = [i for i, p in enumerate(prompts) if reward_model.fits(p, completions[i])]
     reward_model.set_normalisation([prompts[i] for i in fitting], [completions[i] for i in fitting])
     evaluated = evaluation(reward_model) if evaluation else {}
@@ -255,8 +255,9 @@ def encode_pairs(
     return pairs
 
 
-def _own_completions(
+def own_completions(
     preferences: Sequence[PreferenceRow], limit: int = 256
 ) -> tuple[list[Prompt], list[Completion]]:
+    """Return prompts and completions of the first pairs, to measure members' scales on."""
     rows = preferences[:limit]
     return [r.prompt for r in rows for _ in "cr"], [c for r in rows for c in (r.chosen, r.rejected)]

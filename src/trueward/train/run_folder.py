@@ -30,7 +30,7 @@ class RunFolder:
     Files: `config.yaml` (resolved), `environment.json`, `metrics.jsonl` (a line per step),
     `summary.json` (written last: its presence says that the stage is finished) and, until then,
     one `checkpoint-NNNNNN/` of safetensors and JSON. A folder whose `config.yaml` says something
-    else is refused, but for `free` fields (top level) that may change between a run and its resume.
+    else is refused, but for `free` fields (at any depth), which may change until the resume.
     """
 
     def __init__(
@@ -60,7 +60,9 @@ class RunFolder:
         if saved.exists():
             _refuse_other_config(saved, resolved, _FREE_FIELDS.union(free))
         write_text(saved, yaml.safe_dump(resolved, sort_keys=False))
-        write_text(self.path / "environment.json", json.dumps(environment(), indent=2))
+        if not (self.path / "summary.json").exists():  # else the numbers are another revision's
+            found = environment() | {"threads": torch.get_num_threads()}
+            write_text(self.path / "environment.json", json.dumps(found, indent=2))
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl`."""
@@ -190,7 +192,6 @@ def environment() -> dict[str, object]:
         "revision": _revision(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
     }
 
 

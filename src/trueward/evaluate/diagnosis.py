@@ -1,0 +1,657 @@
+"""Does a reward know what it does not know: numbers for any family, and what they mean in words.
+
+Whatever returns a `RewardPosterior` has up to three uncertainties: the std between its members,
+the mean of the members' own stds, and the two together. Each is asked two things here: is it larger
+where the reward errs, and is it larger on completions that the data did not cover? The verdicts say
+which of them carry a signal and which do not; each is a function of numbers, with its threshold
+above.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trueward import objectives
+from trueward.data.formats import Completion, PreferenceRow, Prompt
+from trueward.data.rows import canonical
+from trueward.evaluate.calibration import spearman, uncertainty_auroc
+from trueward.evaluate.out_of_distribution import (
+    OUT_OF_DISTRIBUTION,
+    OutOfDistribution,
+    completions_of,
+)
+from trueward.evaluate.preferences import (
+    Objective,
+    apply_objective,
+    evaluate_preferences,
+    mean_interval,
+)
+from trueward.models.reward_function import PosteriorFunction, Reward, posterior_function
+from trueward.posterior import RewardPosterior
+
+COLLAPSED_RATIO = 1.1  # of the 90 % to the 10 % quantile of a member's own stds
+COLLAPSED_SHARE = 0.5  # of the own stds at their member's smallest
+IDENTICAL_CORRELATION = 0.99  # mean over the pairs of members
+IDENTICAL_SPREAD = 0.1  # std between members over the reward's own, both of margins
+USEFUL_AUROC = 0.6
+DOMINANT_SHARE = 0.9  # of the completions of which one member is the nominal one
+
+_AT_FLOOR = 1.01  # within 1 % of the smallest
+_ROUNDING = 1e-9  # of the largest reward: a smaller std between members is the mean's rounding
+_LABELS = {
+    "between": "std between members",
+    "own": "members' own std",
+    "total": "total std",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A number with its confidence interval, the widest possible one where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UncertaintySignal:
+    """What one uncertainty says of the reward's errors and of text that the data did not cover."""
+
+    error_correlation: Measured | None  # Spearman with 1 - sigmoid(margin); None: constant
+    wrong_correlation: Measured | None  # Spearman with the pair being in the wrong order
+    auroc: Mapping[str, Measured]  # by kind of out-of-distribution completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfDistributionKind:
+    """How many completions there were of a kind, and what the reward gave for them."""
+
+    completions: int
+    unchanged: int  # the same as in the data, so left out
+    preferred: float | None  # share with a higher reward than the data's, ties at half
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnStds:
+    """How the members' own stds are distributed over the completions of the pairs."""
+
+    quantiles: Mapping[str, float]  # "0%", "10%", "50%", "90%", "100%"; members pooled
+    ratio: float | None  # 90 % over 10 %, median over the members; None if infinite
+    at_floor: float  # share within 1 % of the member's smallest
+    member_means: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NominalMember:
+    """Which member has the lowest own std, and whether that makes it the better one to ask."""
+
+    shares: Sequence[float]  # of the completions, by member; the first member wins a tie
+    entropy: float  # of the shares, over log K: 1 is evenly spread, 0 always the same member
+    accuracy: float  # of the nominal reward
+    random_accuracy: float  # of a random member for each completion: the control
+    member_accuracy: float  # of one member for both completions of a pair, mean over members
+    gain: Measured  # accuracy - random_accuracy, paired
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What `diagnose` found; None where a number is not defined."""
+
+    pairs: int
+    members: int
+    accuracy: Measured
+    ece: float
+    brier: float
+    uncertainties: Mapping[str, UncertaintySignal]  # "between", "own", "total": those there are
+    out_of_distribution: Mapping[str, OutOfDistributionKind]
+    member_correlation: float | None  # Pearson of the means, mean over the pairs of members
+    member_error_correlation: float | None  # the same of 1 - sigmoid(member's margin)
+    member_spread: float | None  # between members / of their mean, root mean squares of margins
+    own_stds: OwnStds | None
+    nominal: NominalMember | None
+
+    @property
+    def verdicts(self) -> list[str]:
+        """One sentence for each question that can be asked: seen, what it means, what to do."""
+        found = [single_member_verdict(self.members, has_own_std=self.own_stds is not None)]
+        if self.members > 1:
+            found.append(identical_members_verdict(self.member_correlation, self.member_spread))
+        if self.own_stds is not None:
+            found.append(collapsed_std_verdict(self.own_stds.ratio, self.own_stds.at_floor))
+        for name, signal in self.uncertainties.items():
+            found.append(error_verdict(name, signal.error_correlation, signal.wrong_correlation))
+        for name, signal in self.uncertainties.items():
+            found.append(out_of_distribution_verdict(name, signal.auroc))
+        if self.nominal is not None:
+            nominal = self.nominal
+            found.append(nominal_verdict(max(nominal.shares), nominal.entropy, nominal.gain))
+        return [verdict for verdict in found if verdict]
+
+
+def diagnose(
+    reward: Reward,
+    preferences: Sequence[PreferenceRow],
+    *,
+    out_of_distribution: Mapping[str, OutOfDistribution] = OUT_OF_DISTRIBUTION,
+    objective: Objective = objectives.mean,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Diagnosis:
+    """Asks of a reward of any family whether its uncertainty means anything.
+
+    The error of a pair is `1 - sigmoid(margin)` of the objective's reward, as in
+    `evaluate_preferences`, and its uncertainty that of the margin, in which what a member adds to
+    both sides cancels. Noise as likely to widen a margin as to narrow it moves that error both ways
+    and its rank correlation stays at 0, however well its size is known; it does put more pairs into
+    the wrong order, so the correlation with a wrong order (0 or 1, ties 1/2) stands beside it.
+
+    Out-of-distribution completions are compared with the chosen ones that they were made from, by
+    the uncertainty of single completions. There a member's offset counts as disagreement: put
+    members on one scale first, as a `RewardModel` is. Intervals take pairs as independent; with
+    fewer than about 20 they are too narrow.
+
+    Args:
+        reward: A reward model, several, or any function from prompts and completions to rewards.
+        preferences: Held out from training; rows marked as ties are left out.
+        out_of_distribution: By name, a maker or the completions themselves, one for each row
+            (another policy's, say); completions that are those of the data are left out, counted.
+        objective: From the posterior to the reward that is evaluated; one that takes uncertainty
+            off the reward is correlated with it by construction.
+        confidence: Of the intervals.
+        seed: Of the makers.
+
+    Raises:
+        ValueError: No pairs, rewards that are not finite, completions that do not fit the rows.
+    """
+    function = posterior_function(reward)
+    scored: list[RewardPosterior] = []
+
+    def recording(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> RewardPosterior:
+        scored.append(function(prompts, completions))
+        return scored[-1]
+
+    metrics = evaluate_preferences(
+        recording, preferences, objective=objective, confidence=confidence
+    )
+    sides = _in_float64(scored[0])  # chosen at even places, rejected at odd ones
+    margins = margin_posterior(sides)
+    rewards = apply_objective(objective, sides)
+    known = rewards[0::2] - rewards[1::2]
+    kinds, aurocs = {}, {}
+    for name, source in out_of_distribution.items():
+        kinds[name], aurocs[name] = _out_of_distribution_kind(
+            name, source, function, preferences, sides[0::2], objective, confidence, seed
+        )
+    several = margins.members > 1
+    return Diagnosis(
+        pairs=len(margins),
+        members=margins.members,
+        accuracy=Measured(
+            value=metrics["accuracy"],
+            low=metrics["accuracy_low"],
+            high=metrics["accuracy_high"],
+        ),
+        ece=metrics["ece"],
+        brier=metrics["brier"],
+        uncertainties={
+            name: UncertaintySignal(
+                error_correlation=measured_spearman(uncertainty, (-known).sigmoid(), confidence),
+                wrong_correlation=measured_spearman(uncertainty, 1 - _right(known), confidence),
+                auroc={kind: found[name] for kind, found in aurocs.items() if name in found},
+            )
+            for name, uncertainty in uncertainties(margins).items()
+        },
+        out_of_distribution=kinds,
+        member_correlation=mean_pairwise_correlation(sides.means),
+        member_error_correlation=mean_pairwise_correlation((-margins.means).sigmoid()),
+        member_spread=member_spread(margins) if several else None,
+        own_stds=own_std_distribution(sides.stds) if sides.stds is not None else None,
+        nominal=nominal_member(sides, confidence) if several and sides.stds is not None else None,
+    )
+
+
+class DiagnosisTable(NamedTuple):
+    """Rows under columns, None where there is nothing to say."""
+
+    columns: list[str]
+    rows: list[list[str | float | int | None]]
+
+
+def diagnosis_table(diagnoses: Mapping[str, Diagnosis]) -> DiagnosisTable:
+    """Diagnoses side by side: a row for each reward and each of its uncertainties.
+
+    A reward without an uncertainty has one row, and kinds of out-of-distribution completions that
+    only some were asked about are empty for the others.
+    """
+    kinds = list(dict.fromkeys(kind for d in diagnoses.values() for kind in d.out_of_distribution))
+    columns = [
+        "reward", "uncertainty", "members", "pairs",
+        "accuracy", "accuracy low", "accuracy high", "ECE", "Brier",
+        "correlation of members", "correlation of errors", "spread of members",
+        "own std 90 % / 10 %", "nominal entropy", "nominal gain",
+        "correlation with error", "error low", "error high",
+        "correlation with wrong order", "wrong low", "wrong high",
+        *(f"AUROC {kind}" for kind in kinds),
+    ]  # fmt: skip
+    rows: list[list[str | float | int | None]] = []
+    for name, diagnosis in diagnoses.items():
+        signals: Mapping[str, UncertaintySignal | None] = diagnosis.uncertainties or {"": None}
+        for uncertainty, signal in signals.items():
+            cells = [*_reward_cells(diagnosis), *_signal_cells(signal, kinds)]
+            rows.append([name, _LABELS.get(uncertainty), *cells])
+    return DiagnosisTable(columns, rows)
+
+
+# --- Numbers ------------------------------------------------------------------------------------
+
+
+def margin_posterior(sides: RewardPosterior) -> RewardPosterior:
+    """Each member's chosen - rejected, with std `sqrt(std_w^2 + std_l^2)`.
+
+    `sides` has the chosen completions at even places and the rejected ones behind them.
+    """
+    stds = None
+    if sides.stds is not None:
+        stds = (sides.stds[0::2].square() + sides.stds[1::2].square()).sqrt()
+    return RewardPosterior(sides.means[0::2] - sides.means[1::2], stds)
+
+
+def uncertainties(posterior: RewardPosterior) -> dict[str, Float[Tensor, " batch"]]:
+    """The uncertainties that a posterior has, as stds.
+
+    `between` members (ddof 0; from two members on), the mean of the members' `own` stds, and the
+    `total` of a random member's draw, where there are both. A `between` that is no more than the
+    rounding of the mean is 0, as equal members would be ranked by it.
+    """
+    found = {}
+    if posterior.members > 1:
+        rounding = _ROUNDING * posterior.means.abs().amax() if len(posterior) else 0.0
+        found["between"] = torch.where(posterior.std > rounding, posterior.std, 0.0)
+    if posterior.stds is not None:
+        found["own"] = posterior.stds.mean(dim=1)
+    if len(found) == 2:
+        found["total"] = posterior.total_variance.sqrt()
+    return found
+
+
+def measured_spearman(
+    x: Float[Tensor, " batch"], y: Float[Tensor, " batch"], confidence: float = 0.95
+) -> Measured | None:
+    """Rank correlation with its interval: Fisher's z, standard error `sqrt((1 + r^2/2)/(n - 3))`.
+
+    Bonett and Wright 2000 (https://doi.org/10.1007/BF02294183). None where x or y is constant, and
+    [-1, 1] for fewer than four values.
+    """
+    value = spearman(x, y) if x.numel() > 1 else math.nan
+    if math.isnan(value):
+        return None
+    if x.numel() < 4:
+        return Measured(value=value, low=-1.0, high=1.0)
+    z = math.atanh(min(max(value, -1 + 1e-12), 1 - 1e-12))  # ±1 up to rounding
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(
+        (1 + value**2 / 2) / (x.numel() - 3)
+    )
+    return Measured(value=value, low=math.tanh(z - half), high=math.tanh(z + half))
+
+
+def paired_auroc(
+    uncertainty_in: Float[Tensor, " pair"],
+    uncertainty_out: Float[Tensor, " pair"],
+    confidence: float = 0.95,
+) -> Measured:
+    """`uncertainty_auroc` with its interval, where `out[i]` was made from `in[i]`.
+
+    Student's t over each pair's share in the AUROC, `P(u_out > in_i) + P(out_i > u_in) - AUROC`,
+    whose mean is the AUROC: DeLong's placements with a pair as a cluster. Obuchowski 1997
+    (https://doi.org/10.2307/2533958). [0, 1] for one pair.
+    """
+    value = uncertainty_auroc(uncertainty_in, uncertainty_out)
+    if uncertainty_in.numel() < 2:
+        return Measured(value=value, low=0.0, high=1.0)
+    shares = 1 - _share_below(uncertainty_in, uncertainty_out)
+    shares = shares + _share_below(uncertainty_out, uncertainty_in) - value
+    low, high = mean_interval(shares, confidence=confidence)
+    return Measured(value=value, low=max(0.0, low), high=min(1.0, high))
+
+
+def mean_pairwise_correlation(values: Float[Tensor, "batch member"]) -> float | None:
+    """Pearson's correlation over the batch, mean over the pairs of members that are not constant.
+
+    None without such a pair. Members that are right for the same reason are correlated too: it says
+    how much they have in common, not how much of it is error.
+    """
+    centred = values.double() - values.double().mean(dim=0)
+    norms = centred.norm(dim=0)
+    varied = norms > _ROUNDING * values.abs().amax() * math.sqrt(max(len(values), 1))
+    members = int(varied.sum())
+    if members < 2:
+        return None
+    units = centred[:, varied] / norms[varied]
+    # The square of the sum of K unit vectors is K plus twice the sum over the pairs.
+    return float((units.sum(dim=1).square().sum() - members) / (members * (members - 1)))
+
+
+def member_spread(margins: RewardPosterior) -> float | None:
+    """`sqrt(mean Var_k margin_k) / sqrt(mean (mean_k margin_k)^2)`; None if every margin is 0.
+
+    Members in full agreement have 0; under 1, their mean outweighs what they disagree on.
+    """
+    scale = float(margins.mean.square().mean().sqrt())
+    return float(margins.variance.mean().sqrt()) / scale if scale > 0 else None
+
+
+def own_std_distribution(stds: Float[Tensor, "batch member"]) -> OwnStds:
+    """Quantiles, the ratio of 90 % to 10 %, the share at the smallest, and the members' means.
+
+    Ratio and smallest are each member's own, so that members of different stds, each of which is
+    constant, do not pass for stds that vary.
+    """
+    levels = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=stds.dtype)
+    low, high = stds.quantile(levels[[1, 3]], dim=0)
+    ratios = torch.where(high > 0, high / low, 1.0)  # all at 0: constant
+    ratio = float(ratios.quantile(0.5))
+    return OwnStds(
+        quantiles={
+            f"{round(100 * level)}%": value
+            for level, value in zip(
+                levels.tolist(), stds.flatten().quantile(levels).tolist(), strict=True
+            )
+        },
+        ratio=ratio if math.isfinite(ratio) else None,
+        at_floor=float((stds <= _AT_FLOOR * stds.amin(dim=0)).double().mean()),
+        member_means=stds.mean(dim=0).tolist(),
+    )
+
+
+def nominal_member(sides: RewardPosterior, confidence: float = 0.95) -> NominalMember:
+    """Which member `objectives.nominal` asks, and what that choice is worth.
+
+    Nominal is chosen for each completion, so the control is a member drawn for each completion too:
+    its accuracy is the mean over all pairs of members, exactly, and the gain is 0 in the mean if
+    the stds say nothing. Needs stds and two members.
+    """
+    assert sides.stds is not None
+    counts = torch.bincount(sides.stds.argmin(dim=1), minlength=sides.members).double()
+    shares = counts / counts.sum()
+    rewards = objectives.nominal(sides)
+    right = _right(rewards[0::2] - rewards[1::2])
+    chosen, rejected = sides.means[0::2], sides.means[1::2]
+    control = _right(chosen[:, :, None] - rejected[:, None, :]).mean(dim=(1, 2))
+    gains = right - control
+    low, high = mean_interval(gains, confidence=confidence) if len(gains) > 1 else (-1.0, 1.0)
+    return NominalMember(
+        shares=shares.tolist(),
+        entropy=abs(float(-torch.xlogy(shares, shares).sum())) / math.log(sides.members),
+        accuracy=float(right.mean()),
+        random_accuracy=float(control.mean()),
+        member_accuracy=float(_right(chosen - rejected).mean()),
+        gain=Measured(value=float(gains.mean()), low=low, high=high),
+    )
+
+
+# --- Verdicts -----------------------------------------------------------------------------------
+
+
+def single_member_verdict(members: int, *, has_own_std: bool) -> str:
+    """Whether there is an uncertainty between members at all; "" with two members or more."""
+    if members > 1:
+        return ""
+    kept = "only its own std is left" if has_own_std else "there is no uncertainty at all"
+    return (
+        f"There is one member alone, so nothing can be said between members and {kept}: train "
+        "several members, or give several reward models, before using a robust objective."
+    )
+
+
+def identical_members_verdict(correlation: float | None, spread: float | None) -> str:
+    """Whether members differ: `IDENTICAL_CORRELATION` and `IDENTICAL_SPREAD`.
+
+    Members of unit variance with correlation r have a variance of 1 - r between them, so .99 and a
+    spread of .1 are one threshold in two forms: disagreement that is a tenth of the reward can turn
+    only pairs whose margin is a tenth of the usual one, about 1 in 12 if margins are normal.
+    Correlation alone finds members that differ in scale, spread those that differ in an offset for
+    each prompt.
+    """
+    if correlation is None or spread is None:
+        return (
+            "Fewer than two members vary, or every margin is 0, so members cannot be compared: "
+            "look at the rewards themselves first."
+        )
+    seen = (
+        f"the members correlate at {correlation:.2f} and the spread between them is {spread:.2f} "
+        "of the reward's own"
+    )
+    if correlation >= IDENTICAL_CORRELATION or spread <= IDENTICAL_SPREAD:
+        return (
+            f"Members are nearly identical: {seen}, so that every objective over members is that "
+            "of one of them; train them on different subsets, seeds or orders of the data."
+        )
+    return (
+        f"Members differ: {seen}, so that objectives over members have something to go by; the "
+        "verdicts on the std between members say what it is worth."
+    )
+
+
+def collapsed_std_verdict(ratio: float | None, at_floor: float) -> str:
+    """Whether the members' own stds vary: `COLLAPSED_RATIO` and `COLLAPSED_SHARE`.
+
+    A std that moves by less than a tenth between a model's surest and least sure tenths takes the
+    same off every reward, so that no order changes. More than half of the stds at the smallest is
+    a head that sits on its floor, where the mean-squared-error and Bradley-Terry losses of drawn
+    rewards drive it. A ratio of None is infinite.
+    """
+    seen = f"90 % to 10 % ratio {'infinite' if ratio is None else f'{ratio:.2f}'}, "
+    seen += f"{at_floor:.0%} at the smallest"
+    if (ratio is not None and ratio <= COLLAPSED_RATIO) or at_floor > COLLAPSED_SHARE:
+        return (
+            f"The members' own stds have collapsed to a constant ({seen}), so a penalty on them "
+            "takes the same off every completion of the data and the nominal member is chosen by "
+            "scale or noise; train with a loss that can learn a std (a Gaussian likelihood, the "
+            "marginal Bradley-Terry loss)."
+        )
+    return (
+        f"The members' own stds vary ({seen}), so they have not collapsed; whether they vary in "
+        "the right places is for the verdicts on error and on out-of-distribution text."
+    )
+
+
+def error_verdict(name: str, error: Measured | None, wrong: Measured | None) -> str:
+    """Whether an uncertainty is related to error: an interval of a rank correlation above 0.
+
+    Above 0 in either is a signal, as each misses what the other sees (see `diagnose`). Neither
+    above 0 is none: an interval that covers 0 cannot be told from an uncertainty drawn at random.
+    """
+    label = _LABELS[name]
+    if error is None:
+        return (
+            f"The {label} or the error is the same for all pairs, so the one says nothing of the "
+            "other; no objective can make use of it."
+        )
+    seen = f"rank correlation {_shown(error)}"
+    if wrong is not None:
+        seen += f", with a wrong order {_shown(wrong)}"
+    present = [measured for measured in (error, wrong) if measured is not None]
+    if any(measured.low > 0 for measured in present):
+        return (
+            f"The {label} is larger where the reward errs ({seen}), so it knows something of its "
+            "errors; an objective that takes it off the reward has a reason to."
+        )
+    if any(measured.high < 0 for measured in present):
+        return (
+            f"The {label} is smaller where the reward errs ({seen}), so it misleads; do not take "
+            "it off the reward, and look for members that agree on the same mistake."
+        )
+    return (
+        f"The {label} is unrelated to error ({seen}), so that a penalty on it is noise on these "
+        "data; use the mean, or evaluate on more pairs if the interval is wide."
+    )
+
+
+def out_of_distribution_verdict(name: str, auroc: Mapping[str, Measured]) -> str:
+    """On which kinds an uncertainty rises: interval above 1/2 and `USEFUL_AUROC`; "" without any.
+
+    At .5 a coin does as well. Below .6 fewer than three in five out-of-distribution completions are
+    more uncertain than one of the data, even if many pairs make that certain: too few for a penalty
+    to hold a policy that picks the others.
+    """
+    if not auroc:
+        return ""
+    label = _LABELS[name]
+    risen = {kind: a for kind, a in auroc.items() if a.low > 0.5 and a.value >= USEFUL_AUROC}
+    rest = {kind: a for kind, a in auroc.items() if kind not in risen}
+    if not rest:
+        return (
+            f"The {label} rises on every kind of out-of-distribution text (AUROC {_listed(risen)}),"
+            " so that a penalty on it can hold a policy back there; use an objective that has one."
+        )
+    if not risen:
+        return (
+            f"The {label} is no better than chance, or hardly, on out-of-distribution text (AUROC "
+            f"{_listed(rest)}), so that a penalty on it will not hold a policy back; keep the KL "
+            "penalty, and refresh the reward on what the policy writes."
+        )
+    return (
+        f"The {label} rises on some out-of-distribution text (AUROC {_listed(risen)}) but is no "
+        f"better than chance, or hardly, on other ({_listed(rest)}), so that a policy can move "
+        "there unpunished; watch its samples for that kind."
+    )
+
+
+def nominal_verdict(largest_share: float, entropy: float, gain: Measured) -> str:
+    """Whether the lowest std picks the better member: `DOMINANT_SHARE`, and the gain's interval.
+
+    With one member nominal for nine in ten completions there is hardly a choice to judge. A gain
+    whose interval covers 0 is that of a member drawn at random for each completion, whatever the
+    entropy: stds that differ by noise alone give that, with an entropy near 1.
+    """
+    seen = f"accuracy {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] against a random member"
+    if largest_share >= DOMINANT_SHARE:
+        return (
+            f"One member is nominal for {largest_share:.0%} of the completions ({seen}), so that "
+            "the nominal reward is that of this member; compare the members' own stds by scale."
+        )
+    seen += f", entropy {entropy:.2f}"
+    if gain.low > 0:
+        return (
+            f"The member with the lowest std is the better one to ask ({seen}), so the nominal "
+            "reward carries information; compare it with the mean all the same."
+        )
+    if gain.high < 0:
+        return (
+            f"The member with the lowest std is the worse one to ask ({seen}), so that the nominal "
+            "reward misleads; use the mean in its place."
+        )
+    return (
+        f"The nominal member is chosen as if at random ({seen}), so that the nominal reward is "
+        "that of one random member; use the mean, or weight the worst case more."
+    )
+
+
+# --- Helpers ------------------------------------------------------------------------------------
+
+
+def _out_of_distribution_kind(
+    name: str,
+    source: OutOfDistribution,
+    function: PosteriorFunction,
+    preferences: Sequence[PreferenceRow],
+    chosen: RewardPosterior,
+    objective: Objective,
+    confidence: float,
+    seed: int,
+) -> tuple[OutOfDistributionKind, dict[str, Measured]]:
+    """The kind's counts, and the AUROC of each uncertainty over the rows that it changes."""
+    made = completions_of(
+        source,
+        [row.prompt for row in preferences],
+        [row.chosen for row in preferences],
+        seed=seed,
+        name=f"out_of_distribution[{name!r}]",
+    )
+    ordered = [
+        (row, new) for row, new in zip(preferences, made, strict=True) if not row.extra.get("tie")
+    ]
+    kept = [i for i, (row, new) in enumerate(ordered) if canonical(new) != canonical(row.chosen)]
+    if not kept:
+        return OutOfDistributionKind(completions=0, unchanged=len(ordered), preferred=None), {}
+    posterior = function([ordered[i][0].prompt for i in kept], [ordered[i][1] for i in kept])
+    if not bool(posterior.means.isfinite().all()):
+        raise ValueError(
+            f"some rewards of out_of_distribution[{name!r}] are missing, NaN or infinite; mend the "
+            "reward, or leave this kind out."
+        )
+    outside, inside = _in_float64(posterior), chosen[torch.tensor(kept)]
+    higher = apply_objective(objective, outside) - apply_objective(objective, inside)
+    known, new = uncertainties(inside), uncertainties(outside)
+    counted = OutOfDistributionKind(
+        completions=len(kept),
+        unchanged=len(ordered) - len(kept),
+        preferred=float(_right(higher).mean()),
+    )
+    return counted, {key: paired_auroc(known[key], new[key], confidence) for key in known}
+
+
+def _in_float64(posterior: RewardPosterior) -> RewardPosterior:
+    stds = posterior.stds
+    return RewardPosterior(
+        posterior.means.detach().cpu().double(),
+        stds.detach().cpu().double() if stds is not None else None,
+    )
+
+
+def _right(margins: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    return (margins > 0).double() + 0.5 * (margins == 0).double()
+
+
+def _share_below(
+    values: Float[Tensor, " pair"], others: Float[Tensor, " pair"]
+) -> Float[Tensor, " pair"]:
+    """For each value the share of the others that lie below it, ties at half."""
+    ordered = others.sort().values
+    left = torch.searchsorted(ordered, values, right=False)
+    right = torch.searchsorted(ordered, values, right=True)
+    return (left + right).double() / (2 * others.numel())
+
+
+def _shown(measured: Measured) -> str:
+    return f"{measured.value:.2f} [{measured.low:.2f}, {measured.high:.2f}]"
+
+
+def _listed(aurocs: Mapping[str, Measured]) -> str:
+    return ", ".join(f"{kind} {auroc.value:.2f}" for kind, auroc in aurocs.items())
+
+
+def _reward_cells(diagnosis: Diagnosis) -> list[float | int | None]:
+    accuracy, nominal, own = diagnosis.accuracy, diagnosis.nominal, diagnosis.own_stds
+    return [
+        diagnosis.members,
+        diagnosis.pairs,
+        accuracy.value,
+        accuracy.low,
+        accuracy.high,
+        diagnosis.ece,
+        diagnosis.brier,
+        diagnosis.member_correlation,
+        diagnosis.member_error_correlation,
+        diagnosis.member_spread,
+        own.ratio if own is not None else None,
+        nominal.entropy if nominal is not None else None,
+        nominal.gain.value if nominal is not None else None,
+    ]
+
+
+def _signal_cells(signal: UncertaintySignal | None, kinds: Sequence[str]) -> list[float | None]:
+    if signal is None:
+        return [None] * (6 + len(kinds))
+    cells: list[float | None] = []
+    for measured in (signal.error_correlation, signal.wrong_correlation):
+        cells += [measured.value, measured.low, measured.high] if measured else [None] * 3
+    found = [signal.auroc.get(kind) for kind in kinds]
+    return cells + [auroc.value if auroc is not None else None for auroc in found]
