@@ -85,6 +85,9 @@ def test_the_exact_world_compared(tmp_path: Path, draws: None):
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "<html" in page
     assert "mix_4" in page
+    golds = [json.loads((cell_folder(tmp_path, "single", k) / "result.json").read_text())
+             ["points"][-1]["gold"] for k in range(3)]  # fmt: skip
+    assert f"and ends at {sum(golds) / 3:.2f}" in page or f"to {sum(golds) / 3:.2f} at" in page
     assert list((tmp_path / "figures").glob("*.png"))
     assert list((tmp_path / "figures").glob("*.pdf"))
 

@@ -37,6 +37,7 @@ from trueward.lab.plan import (
 from trueward.lab.processes import Outcome, State, Task, only_one, run_tasks
 from trueward.report.comparison import comparison_report, rich_comparison_table
 from trueward.report.html import Completion, SampleRow
+from trueward.report.numbers import format_number
 from trueward.train.run_folder import RunFolder, environment, to_plain, write_text
 
 logger = logging.getLogger(__name__)
@@ -228,14 +229,13 @@ def write_report(config: CompareConfig, methods: Sequence[MethodRuns]) -> Path:
 def _what_became_of_gold(method: MethodRuns) -> str:
     """Return a sentence on a method's gold reward: from where, to which peak, to which end."""
     found = summarise(method)
-    start, peak, end = (e.mean for e in (found.gold_start, found.gold_peak, found.gold_end))
+    estimates = (found.gold_start, found.gold_peak, found.gold_end, found.proxy_end)
+    start, peak, end, proxy = (format_number(e.mean, 2) for e in estimates)
     place = f"{place_name(method)} {found.peak_place:g}"
-    said = f"Under {method.label}, gold goes from {start:.2f} to {peak:.2f} at {place}"
-    return (
-        f"{said}, its highest and its end."
-        if peaks_at_end(method)
-        else (f"{said} and ends at {end:.2f}, while the proxy goes to {found.proxy_end.mean:.2f}.")
-    )
+    said = f"Under {method.label}, gold goes from {start} to {peak} at {place}"
+    if peaks_at_end(method):
+        return f"{said}, its highest and its end."
+    return f"{said} and ends at {end}, while the proxy goes to {proxy}."
 
 
 def side_by_side(
