@@ -253,6 +253,7 @@ def test_a_failing_cell_is_named_and_the_others_are_reported(
     monkeypatch.setattr(exact, "run_cell", run_cell)
     run_compare(config)
     assert (tmp_path / "summary.json").exists()
+    assert not (tmp_path / "failures.txt").exists()
 
 
 def test_a_method_that_became_another_is_refused_not_shown_with_old_numbers(tmp_path: Path):

@@ -57,7 +57,8 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with only_one(out):
         folder = RunFolder(out, command="compare", config=config, free=MAY_CHANGE)
-        (out / "summary.json").unlink(missing_ok=True)  # until this run has ended too
+        for stale in ("summary.json", "failures.txt"):  # of a run before this one
+            (out / stale).unlink(missing_ok=True)
         started, before = time.monotonic(), _seconds_so_far(out)
         steps = config.language.steps
         if config.language.long and trains_policies(config):
