@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from trueward.models.heads import LOG_STD_MAX, LOG_STD_MIN, GaussianHeads, ScalarHead, make_head
+from trueward.models.head_kinds import make_head
+from trueward.models.heads import LOG_STD_MAX, LOG_STD_MIN, GaussianHeads, ScalarHead
 
 
 def test_the_scalar_head_is_one_bias_free_linear_map() -> None:
@@ -93,5 +94,5 @@ def test_a_head_is_built_again_from_its_description(head: torch.nn.Module) -> No
 
 
 def test_an_unknown_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="Unknown reward head 'energy'"):
-        make_head({"kind": "energy"}, 8)
+    with pytest.raises(ValueError, match="Unknown reward head 'wooden'"):
+        make_head({"kind": "wooden"}, 8)

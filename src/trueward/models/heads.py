@@ -17,13 +17,33 @@ class HeadOutput(NamedTuple):
     stds: Float[Tensor, "... member"] | None
 
 
-class ScalarHead(nn.Module):
+class Head(nn.Module):
+    """What turns a completion's last state into the members' rewards.
+
+    A head's weights and buffers are saved as `head.*`; `describe` tells, in JSON, how
+    `models.head_kinds.make_head` builds it again.
+    """
+
+    members: int  # columns of the posterior
+    has_stds: bool  # whether each member has a std of its own
+
+    def forward(self, hidden: Float[Tensor, "... hidden"]) -> HeadOutput:
+        """Return means, and stds where the head has them."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, object]:
+        """Return the head's `kind` and the other arguments of its constructor."""
+        raise NotImplementedError
+
+
+class ScalarHead(Head):
     """One linear reward, without bias: Bradley-Terry sees differences only.
 
     Weights start from N(0, 1/(d+1)), so that rewards of unit-variance states have unit variance.
     """
 
     members = 1
+    has_stds = False
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -40,12 +60,14 @@ class ScalarHead(nn.Module):
         return {"kind": "scalar"}
 
 
-class GaussianHeads(nn.Module):
+class GaussianHeads(Head):
     """K members on one backbone, each a Gaussian over the reward: the heads of BRME.
 
     `out = W h` viewed as `[..., member, 2]`: a mean and a log std. Yan et al. 2024, "Reward-Robust
     RLHF in LLMs" (https://arxiv.org/abs/2409.15360); the clamp of the log std to [-5, 2] is ours.
     """
+
+    has_stds = True
 
     def __init__(self, hidden_size: int, members: int = 5, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -70,17 +92,3 @@ class GaussianHeads(nn.Module):
     def describe(self) -> dict[str, object]:
         """Return what `make_head` needs to build these heads again."""
         return {"kind": "gaussian", "members": self.members, "dropout": self.dropout.p}
-
-
-Head = ScalarHead | GaussianHeads
-
-
-def make_head(description: dict[str, object], hidden_size: int) -> Head:
-    """Build a head from its description in a saved model's `config.json`."""
-    options = dict(description)
-    kind = options.pop("kind", None)
-    if kind == "scalar":
-        return ScalarHead(hidden_size)
-    if kind == "gaussian":
-        return GaussianHeads(hidden_size, **options)  # type: ignore[arg-type]
-    raise ValueError(f"Unknown reward head {kind!r}: known are 'scalar' and 'gaussian'.")

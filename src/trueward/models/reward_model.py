@@ -54,7 +54,8 @@ from trueward.models.backbone import (
     max_positions,
 )
 from trueward.models.card import reward_model_card
-from trueward.models.heads import GaussianHeads, Head, ScalarHead, make_head
+from trueward.models.head_kinds import make_head
+from trueward.models.heads import GaussianHeads, Head, ScalarHead
 from trueward.posterior import RewardPosterior
 
 logger = logging.getLogger(__name__)
@@ -169,6 +170,11 @@ class RewardModel(nn.Module):
         """Columns of the posterior."""
         return self.head.members if self.head is not None else 1
 
+    @property
+    def has_stds(self) -> bool:
+        """Whether each member of the posterior has a std of its own."""
+        return self.head is not None and self.head.has_stds
+
     def hidden(self, batch: PackedBatch) -> Float[Tensor, "completion hidden"]:
         """Return the last layer's state at the last real token of each completion."""
         return hidden_states(self.backbone, batch)[batch.rows, batch.last]
@@ -246,7 +252,7 @@ class RewardModel(nn.Module):
             raise ValueError(f"batch_size must be at least 1 completion, got {batch_size}.")
         if not prompts:
             none = torch.zeros(0, self.members)
-            return RewardPosterior(none, none if isinstance(self.head, GaussianHeads) else None)
+            return RewardPosterior(none, none if self.has_stds else None)
         tokens = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             try:
@@ -268,7 +274,7 @@ class RewardModel(nn.Module):
         was_training = self.training
         self.eval()
         means = torch.zeros(len(tokens), self.members)
-        stds = torch.zeros_like(means) if isinstance(self.head, GaussianHeads) else None
+        stds = torch.zeros_like(means) if self.has_stds else None
         bar = tqdm(total=len(tokens), desc="score", unit="row", disable=_hidden(progress))
         for batch in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=share):
             for some in _at_most(batch, members, batch_size):
