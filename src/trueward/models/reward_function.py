@@ -1,18 +1,50 @@
 """Reward functions: (prompts, completions) -> tensor or posterior, whatever is behind them."""
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trueward.data.formats import Completion, Prompt
+from trueward.data.formats import Completion, DataError, Prompt
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
 
 RewardFunction = Callable[[Sequence[Prompt], Sequence[Completion]], RewardPosterior | Tensor]
 Reward = RewardModel | Sequence[RewardModel] | Callable[..., object]
 PosteriorFunction = Callable[[Sequence[Prompt], Sequence[Completion]], RewardPosterior]
+
+
+ENSEMBLE = "ensemble.json"  # in a folder that holds reward models instead of being one
+
+
+def save_ensemble(folder: str | Path, members: Sequence[str]) -> None:
+    """Write which reward models, as paths inside the folder, are the members of an ensemble."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"members": list(members)}, indent=2)
+    (folder / ENSEMBLE).write_text(content, encoding="utf-8")
+
+
+def load_reward_models(*names: str | Path) -> list[RewardModel]:
+    """Load reward models by folder or hub id; a folder saved as an ensemble gives its members.
+
+    Raises:
+        DataError: One of them cannot be read, or an ensemble names no members.
+    """
+    models: list[RewardModel] = []
+    for name in names:
+        listing = Path(name) / ENSEMBLE
+        if not listing.is_file():
+            models.append(RewardModel.from_pretrained(name))
+            continue
+        members = json.loads(listing.read_text(encoding="utf-8")).get("members")
+        if not members:
+            raise DataError(f"{listing} names no members: train the ensemble again.")
+        models += [RewardModel.from_pretrained(Path(name) / member) for member in members]
+    return models
 
 
 def posterior_function(reward: Reward) -> PosteriorFunction:

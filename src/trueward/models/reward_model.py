@@ -60,6 +60,8 @@ from trueward.posterior import RewardPosterior
 
 logger = logging.getLogger(__name__)
 
+StateKey = tuple[tuple[int, ...], tuple[int, ...]]  # a completion's prompt ids and its own
+
 
 class OverlongError(DataError):
     """A completion longer than the model's context."""
@@ -91,6 +93,7 @@ class RewardModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.known_states: dict[StateKey, Tensor] | None = None  # see freeze_backbone
         self.head = head
         self.tokenizer = tokenizer
         members = head.members if head is not None else 1
@@ -159,6 +162,7 @@ class RewardModel(nn.Module):
     def add_lora(self, rank: int, *, alpha: int | None = None, seed: int = 0) -> None:
         """Freeze the backbone and train low-rank adapters on its linear layers (and the head)."""
         self.backbone = add_adapters(self.backbone, rank=rank, alpha=alpha, seed=seed)
+        self.known_states = None  # they were the bare backbone's
 
     @property
     def device(self) -> torch.device:
@@ -175,8 +179,45 @@ class RewardModel(nn.Module):
         """Whether each member of the posterior has a std of its own."""
         return self.head is not None and self.head.has_stds
 
-    def hidden(self, batch: PackedBatch) -> Float[Tensor, "completion hidden"]:
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether completions of one prompt can travel as one packed row, and be read apart."""
+        return self.head is not None and can_share_prefixes(self.backbone)
+
+    def freeze_backbone(self, *, remember: bool = True) -> "RewardModel":
+        """Stop training the backbone and, with `remember`, keep every completion's state.
+
+        Heads on a frozen backbone then cost one pass over the data in all, however many there are
+        and however often they are trained: `hidden` looks up what it has seen. Memory is
+        `4 * hidden` bytes for each distinct (prompt, completion).
+        """
+        self.backbone.requires_grad_(False)
+        self.known_states = {} if remember else None
+        return self
+
+    def with_head(self, head: Head) -> "RewardModel":
+        """Return a model with another head on this very backbone: shared, not copied.
+
+        Whatever `freeze_backbone` remembers is shared too.
+        """
+        model = RewardModel(self.backbone, head, self.tokenizer, max_length=self.max_length)
+        model.known_states = self.known_states
+        model.facts = {k: v for k, v in self.facts.items() if k == "base"}
+        return model.to(self.device)
+
+    def hidden(self, batch: PackedBatch) -> Float[Tensor, "completion *member hidden"]:
         """Return the last layer's state at the last real token of each completion."""
+        if self.known_states is None:
+            return self._computed(batch)
+        keys = batch.keys()
+        if any(key not in self.known_states for key in keys):
+            with torch.no_grad():
+                states = self._computed(batch).float().cpu()
+            for key, state in zip(keys, states, strict=True):
+                self.known_states.setdefault(key, state.clone())
+        return torch.stack([self.known_states[key] for key in keys]).to(self.device)
+
+    def _computed(self, batch: PackedBatch) -> Float[Tensor, "completion *member hidden"]:
         return hidden_states(self.backbone, batch)[batch.rows, batch.last]
 
     def forward(self, batch: PackedBatch) -> RewardPosterior:
@@ -263,7 +304,7 @@ class RewardModel(nn.Module):
         first_seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         inverse = [first_seen.setdefault((tuple(p), tuple(c)), len(first_seen)) for p, c in tokens]
         tokens = [Tokens(list(p), list(c)) for p, c in first_seen]
-        share = shared_prefix and self.head is not None and can_share_prefixes(self.backbone)
+        share = shared_prefix and self.shares_prefixes
         width = self.backbone.config.get_text_config().hidden_size
         groups, members = group_by_prompt(
             [t.prompt_ids for t in tokens],

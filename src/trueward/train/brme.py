@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,7 +36,7 @@ from trueward.losses.uncertainty import (
     gaussian_nll_loss,
     mse_reparam_loss,
 )
-from trueward.models.backbone import can_share_prefixes, make_batch
+from trueward.models.backbone import make_batch
 from trueward.models.heads import LOG_STD_MAX, LOG_STD_MIN, GaussianHeads, ScalarHead
 from trueward.models.reward_model import RewardModel, merged
 from trueward.posterior import RewardPosterior
@@ -123,16 +123,28 @@ class BRMEConfig(LoopConfig):
         Stds fall to the floor, so that "the head with the lowest std" is picked by noise: a
         baseline, not a recommendation.
         """
-        return cls(loss="mse_reparam", target="stage1_score")
+        return cls(**PRESETS["faithful"])
+
+    @classmethod
+    def pairs(cls) -> "BRMEConfig":
+        """The marginal likelihood of comparisons alone: sound without ratings."""
+        return cls(**PRESETS["pairs"])
 
     @classmethod
     def sound(cls) -> "BRMEConfig":
         """The likelihood on per-member subsets, of targets that have noise to be learned.
 
-        Needs ratings (`rating_columns`); with comparisons alone, take
-        `BRMEConfig(loss="bt_marginal", target="pair_prob")`.
+        Needs ratings (`rating_columns`); with comparisons alone, take `BRMEConfig.pairs()`.
         """
-        return cls(loss="gaussian_nll", target="rating")
+        return cls(**PRESETS["sound"])
+
+
+# Which loss learns from what, by the presets' names.
+PRESETS: dict[str, dict[str, Any]] = {
+    "faithful": {"loss": "mse_reparam", "target": "stage1_score"},
+    "sound": {"loss": "gaussian_nll", "target": "rating"},
+    "pairs": {"loss": "bt_marginal", "target": "pair_prob"},
+}
 
 
 class Example(NamedTuple):
@@ -261,14 +273,17 @@ def train_brme(
 def with_gaussian_heads(stage1: RewardModel, config: BRMEConfig) -> RewardModel:
     """Return a model with fresh Gaussian heads on a copy of stage 1's backbone.
 
+    A stage 1 that is frozen already and remembers its states (`freeze_backbone`) lends its own.
     Stage 1's adapters, if it has any, are merged first. The heads depend on the seed alone.
     """
-    backbone = copy.deepcopy(merged(stage1.backbone))
-    backbone.requires_grad_(not config.freeze_backbone)
-    width = backbone.config.get_text_config().hidden_size
+    width = stage1.backbone.config.get_text_config().hidden_size
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         head = GaussianHeads(width, config.members, dropout=config.head_dropout)
+    if stage1.known_states is not None and config.freeze_backbone and not config.lora_rank:
+        return stage1.with_head(head)
+    backbone = copy.deepcopy(merged(stage1.backbone))
+    backbone.requires_grad_(not config.freeze_backbone)
     model = RewardModel(backbone, head, stage1.tokenizer, max_length=stage1.max_length)
     model.facts = {k: v for k, v in stage1.facts.items() if k == "base"}
     if config.lora_rank:
@@ -295,10 +310,18 @@ def _packed(
     model: RewardModel, groups: Sequence[Group], *, max_tokens: int
 ) -> Iterator[tuple[list[int], PackedBatch]]:
     """Yield batches of at most `max_tokens` padded tokens, with the indices of their groups."""
-    share_prefix = can_share_prefixes(model.backbone)
+    share_prefix = model.shares_prefixes
     for some in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=share_prefix):
         pad_id = model.tokenizer.pad_token_id
-        yield some, make_batch(model.backbone, [groups[i] for i in some], pad_id=pad_id)
+        yield (
+            some,
+            make_batch(
+                model.backbone,
+                [groups[i] for i in some],
+                pad_id=pad_id,
+                shared_prefix=share_prefix,
+            ),
+        )
 
 
 def _posteriors(

@@ -15,7 +15,7 @@ from trueward.data.packing import Group, token_budget_batches
 from trueward.data.tokens import Tokens, start_token_id, tokenize, truncate_prompt
 from trueward.losses.preference import bradley_terry_loss, centring_loss
 from trueward.losses.uncertainty import bt_marginal_loss, bt_reparam_loss
-from trueward.models.backbone import can_share_prefixes, make_batch
+from trueward.models.backbone import make_batch
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
 from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
@@ -154,7 +154,7 @@ def _accumulate(
     weight = seen[list(batch)].sum().clamp_min(1).item()
     mine = loop.share(batch)
     groups = [pairs[i].group for i in mine]
-    share_prefix = can_share_prefixes(reward_model.backbone)
+    share_prefix = reward_model.shares_prefixes
     loss = 0.0
     margins: list[float] = []
     rewards: list[float] = []
@@ -165,6 +165,7 @@ def _accumulate(
             reward_model.backbone,
             [groups[i] for i in some],
             pad_id=reward_model.tokenizer.pad_token_id,
+            shared_prefix=share_prefix,
         )
         with loop.accelerator.autocast():
             posterior = reward_model(packed)

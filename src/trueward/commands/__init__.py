@@ -1,0 +1,42 @@
+"""What each command does: makes objects from names and files, and calls the functions below."""
+
+from collections.abc import Callable, Sequence
+
+from trueward.commands.evaluation import EvaluateCommand, ReportCommand, evaluate, report
+from trueward.commands.sampling import SampleCommand, ScoreCommand, sample, score
+from trueward.commands.training import (
+    PolicyCommand,
+    RefineCommand,
+    RewardCommand,
+    SFTCommand,
+    policy,
+    refine,
+    reward,
+    rlp,
+    sft,
+)
+from trueward.config import parse
+from trueward.lab.compare import run_compare
+from trueward.lab.demo import DemoConfig, run_demo
+from trueward.lab.plan import CompareConfig
+from trueward.pipeline import RLPConfig
+
+RUNS: dict[str, tuple[type, Callable[..., object]]] = {
+    "demo": (DemoConfig, run_demo),
+    "sft": (SFTCommand, sft),
+    "reward": (RewardCommand, reward),
+    "policy": (PolicyCommand, policy),
+    "sample": (SampleCommand, sample),
+    "score": (ScoreCommand, score),
+    "refine": (RefineCommand, refine),
+    "rlp": (RLPConfig, rlp),
+    "evaluate": (EvaluateCommand, evaluate),
+    "compare": (CompareConfig, run_compare),
+    "report": (ReportCommand, report),
+}
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Parse a command's configuration and run it."""
+    config_class, function = RUNS[name]
+    function(parse(config_class, arguments, command=name))
