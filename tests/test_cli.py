@@ -1,5 +1,7 @@
 """The commands: what they write, and what a user reads after each kind of mistake."""
 
+import copy
+import dataclasses
 import gzip
 import json
 import os
@@ -10,10 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import escape
 
 from trueward.cli import COMMANDS, main, usage
+from trueward.data.formats import load_preferences
+from trueward.evaluate.diagnosis import diagnose
+from trueward.evaluate.out_of_distribution import OUT_OF_DISTRIBUTION
+from trueward.evaluate.preferences import evaluate_preferences
 from trueward.models.policy import Policy
 from trueward.models.reward_model import RewardModel
+from trueward.models.weight_averaging import average_weights
 from trueward.testing import (
     tiny_backbone,
     tiny_classifier,
@@ -22,6 +30,7 @@ from trueward.testing import (
     tiny_texts,
     tiny_tokenizer,
 )
+from trueward.train.reward import own_completions
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +45,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, members in (("scalar", 0), ("gaussian", 3)):
         backbone = tiny_backbone(vocab_size=size, max_positions=64)
         RewardModel.from_backbone(backbone, tokenizer, members=members).save_pretrained(root / name)
+    scalar = RewardModel.from_pretrained(root / "scalar", device="cpu")
+    for name, seed in (("near", 1), ("other", 2)):
+        moved(scalar, seed).save_pretrained(root / name)
+    opposite(scalar).save_pretrained(root / "opposite")
     two = tiny_classifier(vocab_size=size)
     two.config.num_labels = 2
     two.config.save_pretrained(root / "two_labels")
     tokenizer.save_pretrained(root / "two_labels")
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in tiny_preferences(24)]
     write(root / "preferences.jsonl", rows)
+    rewards = scalar.score(
+        [row["prompt"] for row in rows for _ in "cr"],
+        [row[side] for row in rows for side in ("chosen", "rejected")],
+    ).mean.tolist()
+    turned = [
+        row if c > r else {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+        for row, c, r in zip(rows, rewards[0::2], rewards[1::2], strict=True)
+    ]
+    write(root / "agreed.jsonl", turned)  # with the scalar model
+    french = [{"prompt": row["prompt"], "completion": f"le chat {i}"} for i, row in enumerate(rows)]
+    write(root / "french.jsonl", french[:20])
+    write(root / "away.jsonl", [{"prompt": "elsewhere", "completions": ["who", "goes", "there"]}])
     write(root / "prompts.jsonl", [{"prompt": p} for p in tiny_texts(4)])
     write(root / "demonstrations.jsonl", [{"prompt": "p", "completion": "cat dog"}] * 2)
     write(
@@ -61,11 +86,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "corrupt.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-4])
     (root / "unknown_key.yaml").write_text("train:\n  learning_rte: 1e-4\n")
     (root / "bad_value.yaml").write_text("train:\n  learning_rate: fast\n")
-    (root / "reward.py").write_text("def length(prompts, completions):\n    return [1.0]\n")
+    (root / "reward.py").write_text(
+        "def length(prompts, completions):\n    return [1.0]\n\n\n"
+        "def letters(prompts, completions):\n    return [len(c) / 10 for c in completions]\n"
+    )
     chatless = tiny_tokenizer()
     chatless.chat_template = None
     Policy(tiny_language_model(vocab_size=size), chatless).save_pretrained(root / "chatless")
     return root
+
+
+def moved(model: RewardModel, seed: int) -> RewardModel:
+    """A copy with a little noise on every weight, as training from one start gives."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def opposite(model: RewardModel) -> RewardModel:
+    """The same function with the states' sign turned: half way between both there is nothing."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.backbone.norm.weight *= -1
+        model.head.linear.weight *= -1
+    return model
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -126,10 +172,10 @@ MISTAKES: list[tuple[str, str, str]] = [
         "none.yaml cannot be read",
     ),
     (
-        "a number of members below zero",
+        "a number of members below one",
         "reward --preferences {f}/preferences.jsonl --backbone {f}/policy --output_dir {f}/o "
         "--members -1",
-        "members must be 0 (scalar) or at least 1, got -1",
+        "members must be at least 1, got -1",
     ),
     (
         "a completion longer than the context",
@@ -208,6 +254,62 @@ MISTAKES: list[tuple[str, str, str]] = [
         "holds no run",
     ),
     ("nothing to evaluate", "evaluate", "Nothing to evaluate"),
+    (
+        "a page of a diagnosis that is switched off",
+        "evaluate --reward_model {f}/scalar --preferences made {f}/preferences.jsonl "
+        "--diagnosis False --page {f}/page.html",
+        "--page belongs to the diagnosis",
+    ),
+    (
+        "completions outside of the data under a name that is taken",
+        "evaluate --reward_model {f}/scalar --preferences made {f}/preferences.jsonl "
+        "--out_of_distribution shuffled {f}/french.jsonl",
+        "has a name that is taken, 'shuffled'",
+    ),
+    (
+        "completions outside of the data that are none",
+        "evaluate --reward_model {f}/scalar --preferences made {f}/preferences.jsonl "
+        "--out_of_distribution french {f}/no_answers.jsonl",
+        "no_answers.jsonl:1 needs 'prompt' and 'completion'",
+    ),
+    (
+        "an average of one model",
+        "average --reward_model {f}/scalar --output_dir {f}/o4",
+        "needs two models at least, got one",
+    ),
+    (
+        "one model given twice to an average",
+        "average --reward_model {f}/scalar {f}/near {f}/scalar --output_dir {f}/o4",
+        "scalar more than once",
+    ),
+    (
+        "the best models by nothing",
+        "average --reward_model {f}/scalar {f}/near --best 1 --output_dir {f}/o4",
+        "--best and --selection go together",
+    ),
+    (
+        "more of the best than there are models",
+        "average --reward_model {f}/scalar {f}/near --best 3 --selection {f}/preferences.jsonl "
+        "--output_dir {f}/o4",
+        "count must lie between 1 and the 2 models, got 3",
+    ),
+    (
+        "a test of paths on nothing",
+        "average --reward_model {f}/scalar {f}/near --test_only True --output_dir {f}/o4",
+        "--test_only needs --preferences",
+    ),
+    (
+        "models that have no average",
+        "average --reward_model {f}/scalar {f}/gaussian --output_dir {f}/o5",
+        "model 1 and model 2 differ in their heads",
+    ),
+    (
+        "models with a barrier between them",
+        "average --reward_model {f}/scalar {f}/opposite --preferences {f}/agreed.jsonl "
+        "--output_dir {f}/o6",
+        "the accuracy is 0.500 [0.500, 0.500] below the line between the two: average models of "
+        "one start, or give --force",
+    ),
 ]
 
 
@@ -316,6 +418,163 @@ def test_score_gives_the_numbers_of_plain_transformers(folder: Path):
         with torch.no_grad():
             logit = model(torch.tensor([[*ids, tokenizer.eos_token_id]])).logits.item()
         assert reward == pytest.approx(logit, abs=1e-5)
+
+
+def numbers_at(folder: Path, file: str) -> dict:
+    return json.loads((folder / file).read_text())
+
+
+def test_evaluate_diagnoses_a_reward_beside_its_numbers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = "evaluate --reward_model {f}/gaussian --preferences made {f}/preferences.jsonl "
+    given = "--out_of_distribution french {f}/french.jsonl away {f}/away.jsonl "
+    files = "--output {f}/new/diagnosis.json --page {f}/new/page.html"
+    assert run(command + given + files, folder) == 0, capsys.readouterr().err
+    printed = " ".join(capsys.readouterr().err.split())
+    found = numbers_at(folder, "new/diagnosis.json")["made"]
+    diagnosis = found.pop("diagnosis")
+    assert run(command + "--diagnosis False --output {f}/new/quick.json", folder) == 0
+    assert found == pytest.approx(numbers_at(folder, "new/quick.json")["made"])
+    assert "AUROC" not in capsys.readouterr().err
+    # The same from Python, where the rows without an answer are left out by hand.
+    rows = load_preferences(folder / "preferences.jsonl").rows
+    french: list = [f"le chat {i}" for i in range(20)] + [None] * 4
+    model = RewardModel.from_pretrained(folder / "gaussian", device="cpu")
+    expected = diagnose(model, rows, out_of_distribution=OUT_OF_DISTRIBUTION | {"french": french})
+    kinds = diagnosis["out_of_distribution"]
+    assert list(kinds) == [*OUT_OF_DISTRIBUTION, "french", "away"]
+    assert kinds["french"] == dataclasses.asdict(expected.out_of_distribution["french"])
+    assert (kinds["french"]["missing"], kinds["away"]["missing"]) == (4, 21)
+    for name, signal in diagnosis["uncertainties"].items():
+        ours = expected.uncertainties[name]
+        assert signal["quantiles"] == pytest.approx(ours.quantiles)
+        for kind, auroc in ours.auroc.items():
+            assert signal["auroc"][kind] == pytest.approx(dataclasses.asdict(auroc))
+    assert len(diagnosis["reliability"]) == 15
+    remarks = " ".join(diagnosis["remarks"])
+    assert "4 of 24 pairs have no completion of french" in remarks
+    assert "The completions of away answer other prompts" in remarks
+    page = (folder / "new" / "page.html").read_text()
+    for sentence in (*diagnosis["verdicts"], *diagnosis["remarks"]):
+        assert sentence in printed
+        assert escape(sentence) in page
+    assert page.count("<svg") == 3  # reliability, AUROC, stds
+    assert "AUROC for completions outside of the data." in printed
+
+
+def test_evaluate_diagnoses_a_python_function_and_one_prompt(folder: Path):
+    row = {"prompt": "p", "chosen": "a longer answer", "rejected": "short"}
+    write(folder / "one.jsonl", [row])
+    command = (
+        "evaluate --reward_model {f}/reward.py:letters --preferences made {f}/preferences.jsonl "
+        "one {f}/one.jsonl --output {f}/new/letters.json"
+    )
+    assert run(command, folder) == 0
+    found = numbers_at(folder, "new/letters.json")
+    diagnosis = found["made"]["diagnosis"]
+    assert diagnosis["uncertainties"] == {}
+    assert diagnosis["out_of_distribution"]["repeated x4"]["preferred"] == 1.0  # longer
+    assert diagnosis["out_of_distribution"]["truncated"]["preferred"] == 0.0
+    assert diagnosis["verdicts"][0].startswith("There is one member alone")
+    assert found["one"]["accuracy"] == 1.0
+    assert "There are no mismatched completions" in found["one"]["diagnosis"]["remarks"][0]
+
+
+def test_evaluate_diagnoses_as_many_pairs_as_asked(folder: Path):
+    command = (
+        "evaluate --reward_model {f}/scalar {f}/near --preferences made {f}/preferences.jsonl "
+        "--output {f}/new/some.json --diagnosis_rows 10 --seed "
+    )
+    found = []
+    for seed in "003":
+        assert run(command + seed, folder) == 0
+        found.append(numbers_at(folder, "new/some.json")["made"])
+    assert [(f["pairs"], f["diagnosis"]["pairs"]) for f in found] == [(24.0, 10)] * 3
+    assert found[0] == found[1]
+    assert found[0]["diagnosis"]["member_spread"] != found[2]["diagnosis"]["member_spread"]
+    assert found[0]["accuracy"] == found[2]["accuracy"]
+
+
+def test_average_tests_the_paths_and_saves_the_mean_of_the_best(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    names = ["near", "opposite", "scalar", "other"]
+    command = (
+        f"average --reward_model {' '.join('{f}/' + name for name in names)} --best 3 --selection "
+        "{f}/preferences.jsonl --preferences {f}/agreed.jsonl --force True --output_dir {f}/mean"
+    )
+    assert run(command, folder) == 0, capsys.readouterr().err
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "mean of all" in printed
+    summary = numbers_at(folder, "mean/summary.json")
+    assert summary["command"] == "average"
+    numbers = summary["metrics"]
+    rows = load_preferences(folder / "preferences.jsonl").rows
+    models = {n: RewardModel.from_pretrained(folder / n, device="cpu") for n in names}
+    accuracies = {n: evaluate_preferences(models[n], rows)["accuracy"] for n in names}
+    assert numbers["selection_accuracy"] == {
+        str(folder / n): pytest.approx(a) for n, a in accuracies.items()
+    }
+    chosen = sorted(names, key=lambda n: -accuracies[n])[:3]
+    assert numbers["members"] == [str(folder / n) for n in chosen]
+    average = RewardModel.from_pretrained(folder / "mean" / "model", device="cpu")
+    expected = average_weights([models[n] for n in chosen])
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(average.state_dict()[name], weight, atol=0, rtol=0)
+    # Its scale is that of the preferences' own completions.
+    agreed = load_preferences(folder / "agreed.jsonl").rows
+    rewards = average.score(*own_completions(agreed), normalise=True).mean
+    assert (rewards.mean().item(), rewards.std(correction=0).item()) == pytest.approx(
+        (0, 1), abs=1e-4
+    )
+    table = numbers_at(folder, "mean/table.json")
+    assert len(table["rows"]) == 2 * 5 + 1
+    assert [row[1] for row in table["rows"][:5]] == ["0", "0.25", "0.5", "0.75", "1"]
+    assert (folder / "mean" / "paths.png").stat().st_size > 1000
+    assert run("report --folder {f}/mean", folder) == 0
+    assert "mean of all" in (folder / "mean" / "report.html").read_text()
+    assert run(command, folder) == 0
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_barrier_is_refused_until_it_is_forced(folder: Path, capsys: pytest.CaptureFixture[str]):
+    command = (
+        "average --reward_model {f}/scalar {f}/opposite --preferences {f}/agreed.jsonl "
+        "--output_dir {f}/apart"
+    )
+    assert run(command, folder) == 2
+    assert (folder / "apart" / "paths.png").exists()
+    assert not (folder / "apart" / "model").exists()
+    assert run(command + " --force True", folder) == 0, capsys.readouterr().err
+    numbers = numbers_at(folder, "apart/summary.json")["metrics"]
+    assert numbers["forced"] is True
+    assert "below the line" in numbers["barrier"]
+    assert numbers["lowest_gap"] == {str(folder / "opposite"): -0.5}
+    assert (numbers["accuracy"], numbers["accuracy_of_members"]) == (0.5, 1.0)
+    assert (folder / "apart" / "model" / "config.json").exists()
+    tested = command.replace("apart", "tested") + " --test_only True"
+    assert run(tested, folder) == 0
+    assert numbers_at(folder, "tested/summary.json")["metrics"]["forced"] is False
+    assert not (folder / "tested" / "model").exists()
+
+
+def test_an_average_without_preferences_says_that_it_is_not_tested(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    listing = {"members": ["../near", "../scalar"]}
+    (folder / "pair").mkdir()
+    (folder / "pair" / "ensemble.json").write_text(json.dumps(listing))
+    command = "average --reward_model {f}/pair {f}/other --output_dir {f}/untested"
+    assert run(command + " --reference {f}/to_score.jsonl", folder) == 0
+    assert "was not tested" in capsys.readouterr().err
+    numbers = numbers_at(folder, "untested/summary.json")["metrics"]
+    assert numbers["tested"] is False
+    assert [Path(name).name for name in numbers["members"]] == ["near", "scalar", "other"]
+    average = RewardModel.from_pretrained(folder / "untested" / "model", device="cpu")
+    rows = [json.loads(line) for line in (folder / "to_score.jsonl").read_text().splitlines()]
+    given = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    assert average.score(*given, normalise=True).mean.mean().item() == pytest.approx(0, abs=1e-5)
 
 
 def messages_page(folder: Path, capture: Callable[[], str]) -> str:

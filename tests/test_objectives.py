@@ -406,6 +406,157 @@ def test_a_bad_bound_is_refused_when_the_options_are_read() -> None:
         ObjectiveConfig(name="worst_case", uncertainty_set="lower_bound", bound_coef=-1.0)
 
 
+# Objectives that change over a run.
+
+
+def test_the_running_mean_of_two_batches_by_hand() -> None:
+    first = RewardPosterior(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))  # stds 1 and 0
+    second = RewardPosterior(torch.tensor([[5.0, -5.0]]))  # std 5
+    rewards, running = objectives.uncertainty_penalised(
+        first, coef=2.0, running=objectives.RunningMean()
+    )
+    assert running == (0.5, 2)
+    close(rewards, [2 - 2 * 0.5, 0 + 2 * 0.5])  # this batch counts: its own mean is paid back
+    rewards, running = objectives.uncertainty_penalised(second, coef=2.0, running=running)
+    assert running == (2.0, 3)
+    close(rewards, [0 - 2 * (5 - 2.0)])
+
+
+def test_the_order_of_batches_changes_the_running_mean_on_the_way_but_not_at_the_end() -> None:
+    batches = [random_posterior(batch=8), RewardPosterior(4 * random_posterior(16, 5, 1).means)]
+    u = [batch.std.mean().item() for batch in batches]
+    on_the_way, at_the_end = [], []
+    for order in ((0, 1), (1, 0)):
+        running, seen = objectives.RunningMean(), []
+        for i in order:
+            rewards, running = objectives.uncertainty_penalised(
+                batches[i], coef=0.5, running=running
+            )
+            seen.append(running.mean)
+            close(rewards, batches[i].mean - 0.5 * (batches[i].std - running.mean))
+        on_the_way.append(seen[0])
+        at_the_end.append(seen[1])
+    assert on_the_way == pytest.approx(u)
+    assert at_the_end == pytest.approx([(8 * u[0] + 16 * u[1]) / 24] * 2)
+    assert u[1] > 2 * u[0]
+
+
+def test_penalised_uncertainty_is_a_lower_bound_moved_by_a_constant() -> None:
+    posterior = random_posterior()
+    before = objectives.RunningMean(3.0, 100)
+    rewards, running = objectives.uncertainty_penalised(posterior, coef=0.7, running=before)
+    bound = objectives.lower_confidence_bound(posterior, coef=0.7)
+    close(rewards, bound + 0.7 * running.mean)
+    assert running.count == 164
+    plain, _ = objectives.uncertainty_penalised(posterior, coef=0.0, running=before)
+    close(plain, posterior.mean)
+
+
+def test_rows_that_could_not_be_scored_stay_out_of_the_running_mean() -> None:
+    means = torch.tensor([[1.0, 3.0], [float("nan"), 0.0], [float("inf"), 0.0], [4.0, 10.0]])
+    rewards, running = objectives.uncertainty_penalised(
+        RewardPosterior(means), coef=1.0, running=objectives.RunningMean(8.0, 2)
+    )
+    assert running == (5.0, 4)  # (8 + 8 + 1 + 3) / 4
+    close(rewards[[0, 3]], [2 - (1 - 5.0), 7 - (3 - 5.0)])
+    assert rewards.isfinite().tolist() == [True, False, False, True]
+    nothing = RewardPosterior(means[1:2])
+    assert objectives.uncertainty_penalised(nothing, coef=1.0, running=running)[1] == running
+    empty = objectives.RunningMean()
+    assert objectives.uncertainty_penalised(nothing, coef=1.0, running=empty)[1] == empty
+
+
+def test_a_schedule_starts_and_ends_exactly_and_is_half_way_midway() -> None:
+    for schedule in ("linear", "cosine"):
+        at = partial(objectives.scheduled, 0.9, 0.3, schedule=schedule)
+        assert at(progress=0.0) == 0.9
+        assert at(progress=1.0) == 0.3
+        assert at(progress=0.5) == pytest.approx(0.6)
+    quarter = {
+        schedule: objectives.scheduled(1.0, 0.0, progress=0.25, schedule=schedule)
+        for schedule in ("linear", "cosine", "constant")
+    }
+    assert quarter == pytest.approx({"linear": 0.75, "cosine": 0.853553, "constant": 1.0})
+    with pytest.raises(ValueError, match=r"progress must lie in \[0, 1\], got 1.5"):
+        at(progress=1.5)
+
+
+@pytest.mark.usefixtures("without_annotation_checks")
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of constant, linear, cosine, got 'steps'"):
+        objectives.scheduled(1.0, 0.0, progress=0.5, schedule="steps")
+
+
+def test_the_scheduled_mix_follows_progress_and_stands_at_its_start_without() -> None:
+    posterior = random_posterior()
+    mix = partial(objectives.reward_robust, posterior)
+    config = ObjectiveConfig(
+        name="reward_robust", nominal_weight=1.0, nominal_weight_end=0.2, schedule="linear"
+    )
+    objective = config.build()
+    assert isinstance(objective, objectives.ScheduledRewardRobust)
+    for progress, weight in ((0.0, 1.0), (0.5, 0.6), (1.0, 0.2)):
+        close(objective(posterior, progress=progress), mix(nominal_weight=weight))
+        assert objective.metrics() == {"objective/nominal_weight": pytest.approx(weight)}
+    close(objective(posterior), mix(nominal_weight=1.0))
+    assert objective.metrics() == {"objective/nominal_weight": pytest.approx(0.2)}
+    stays = ObjectiveConfig(name="reward_robust", nominal_weight=0.3).build()
+    for progress in (None, 0.0, 1.0):
+        close(stays(posterior, progress=progress), mix(nominal_weight=0.3))
+    directly = objectives.ScheduledRewardRobust(nominal_weight=1.0, end=0.2, schedule="cosine")
+    close(directly(posterior, progress=1.0), mix(nominal_weight=0.2))
+
+
+def test_named_uncertainty_penalties_remember_within_a_run_only() -> None:
+    posterior, other = random_posterior(), random_posterior(seed=1)
+    objective = ObjectiveConfig(name="uncertainty_penalised", coef=0.3).build()
+    assert isinstance(objective, objectives.UncertaintyPenalised)
+    bound = objectives.lower_confidence_bound(posterior, coef=0.3)
+    close(objective(posterior), bound)
+    running = objectives.RunningMean()
+    for batch in (other, posterior):
+        wanted, running = objectives.uncertainty_penalised(batch, coef=0.3, running=running)
+        close(objective(batch, progress=0.5), wanted)
+        assert objective.metrics() == {"objective/running_std": running.mean}
+    close(objective(posterior), bound)  # and asking changed nothing:
+    assert objective.metrics() == {"objective/running_std": running.mean}
+    again = ObjectiveConfig(name="uncertainty_penalised", coef=0.3).build()
+    again.load_state_dict(objective.state_dict())
+    close(again(other, progress=1.0), objective(other, progress=1.0))
+
+
+def test_the_uncertainty_set_comes_before_the_penalty() -> None:
+    posterior = random_posterior()
+    objective = ObjectiveConfig(
+        name="uncertainty_penalised", coef=0.3, uncertainty_set="lower_bound", bound_coef=2.0
+    ).build()
+    bounds = objectives.lower_bounds(posterior, coef=2.0)
+    wanted, _ = objectives.uncertainty_penalised(bounds, coef=0.3, running=objectives.RunningMean())
+    close(objective(posterior, progress=0.0), wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nominal_weight_end": 0.2},
+        {"schedule": "linear"},
+        {"name": "worst_case", "nominal_weight_end": 0.2, "schedule": "linear"},
+    ],
+)
+def test_a_schedule_that_is_half_given_is_refused(options: dict[str, str | float]) -> None:
+    with pytest.raises(ValueError, match="nominal_weight_end and schedule=linear or cosine tog"):
+        ObjectiveConfig(**({"name": "reward_robust"} | options))
+
+
+def test_numbers_out_of_range_are_refused_when_the_options_are_read() -> None:
+    with pytest.raises(ValueError, match=r"nominal_weight_end must lie in \[0, 1\], got 1.2"):
+        ObjectiveConfig(name="reward_robust", nominal_weight_end=1.2, schedule="linear")
+    with pytest.raises(ValueError, match=r"nominal_weight must lie in \[0, 1\], got -1.0"):
+        ObjectiveConfig(name="reward_robust", nominal_weight=-1.0)
+    with pytest.raises(ValueError, match="coef must be finite and at least 0, got -1"):
+        ObjectiveConfig(name="uncertainty_penalised", coef=-1.0)
+
+
 # Theory: Gaussian members around a true reward.
 
 

@@ -15,8 +15,10 @@ COMMANDS = {
     "score": "score completions: JSONL in, JSONL out",
     "refine": "retrain a reward model on policy samples: spg or uml",
     "rlp": "the whole pipeline, resumable, for as many rounds as asked",
-    "evaluate": "a reward model on preferences, or completions by win rate",
+    "evaluate": "a reward on preferences, its uncertainty diagnosed, or completions by win rate",
+    "average": "one reward model whose weights are the mean of several's (WARM), once tested",
     "compare": "methods x seeds in a world with a known gold reward: curves, tables, a page",
+    "families": "every family of rewards on real preferences: accuracy, uncertainty, cost",
     "report": "the HTML report of a run",
 }
 

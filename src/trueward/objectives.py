@@ -1,16 +1,17 @@
 """What to optimise: plain functions from a `RewardPosterior` to one reward per row.
 
 Each objective is defined once, here, and states its ddof where it uses a variance. None is meant
-to be differentiated into the reward model: the policy sees the number alone.
+to be differentiated into the reward model: the policy sees the number alone. An objective that
+changes over a run is a `RunObjective` around such a function.
 """
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from trueward.posterior import RewardPosterior
 
@@ -164,6 +165,43 @@ def lower_confidence_bound(posterior: RewardPosterior, *, coef: float) -> Float[
     return posterior.mean - coef * posterior.std
 
 
+class RunningMean(NamedTuple):
+    """The mean of everything seen so far, and how many numbers that were."""
+
+    mean: float = 0.0
+    count: int = 0  # type: ignore[assignment]  # hides tuple.count
+
+
+def uncertainty_penalised(
+    posterior: RewardPosterior, *, coef: float, running: RunningMean
+) -> tuple[Float[Tensor, " batch"], RunningMean]:
+    """Mean less the std between members, counted from its running mean: UP-RLHF.
+
+    `mean - coef * (u - ubar)`, with `u` the std between members (ddof 0, Eq. 13) and `ubar` the
+    mean of `u` over all samples seen so far (Eq. 14). Zhai et al. 2024
+    (https://arxiv.org/abs/2401.00243). Here this batch is counted into `ubar` before it is used,
+    so that the first batch is penalised by 0 on average and not by all of its uncertainty.
+
+    Within a batch this is `lower_confidence_bound`, moved by a constant: advantages against other
+    completions of the prompt (RLOO, GRPO) are the same, PPO's critic is spared the offset.
+
+    Args:
+        posterior: The rewards of the members. Rows with a reward that is not finite do not enter
+            `ubar`.
+        coef: At least 0; 0 is the plain mean.
+        running: What the last call returned; `RunningMean()` at first.
+
+    Returns:
+        The rewards, and the running mean with this batch in it.
+    """
+    _require_coef(coef)
+    seen = posterior.std[posterior.means.isfinite().all(dim=1)]
+    count = running.count + len(seen)
+    change = (seen.double() - running.mean).sum().item() / max(1, count)
+    running = RunningMean(running.mean + change, count)
+    return posterior.mean - coef * (posterior.std - running.mean), running
+
+
 def entropic(posterior: RewardPosterior, *, temperature: float) -> Float[Tensor, " batch"]:
     """The entropic risk of the members, `-b log mean_k exp(-r_k / b)`, with `b = temperature`.
 
@@ -237,6 +275,136 @@ def _require_coef(coef: float) -> None:
         )
 
 
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def scheduled(start: float, end: float, *, progress: float, schedule: Schedule) -> float:
+    """A number on its way over a run: `start` at progress 0, `end` at progress 1.
+
+    `linear` goes evenly; `cosine`, as `(1 - cos(pi progress)) / 2`, leaves and arrives slowly;
+    `constant` stays at `start`.
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress must lie in [0, 1], got {progress}.")
+    ways = {
+        "constant": 0.0,
+        "linear": progress,
+        "cosine": (1 - math.cos(math.pi * progress)) / 2,
+    }
+    if schedule not in ways:
+        raise ValueError(f"schedule must be one of {', '.join(ways)}, got {schedule!r}.")
+    done = ways[schedule]
+    return (1 - done) * start + done * end
+
+
+class RunObjective(nn.Module):
+    """An objective that changes over a run, by the run's progress or by what it has seen.
+
+    `train_policy` calls it with `progress`, and puts its buffers into checkpoints. Called as a
+    plain objective, without, it is one fixed function: nothing is remembered, and it is the same
+    before, during and after a run.
+    """
+
+    def forward(
+        self, posterior: RewardPosterior, *, progress: float | None = None
+    ) -> Float[Tensor, " batch"]:
+        """Return the rewards.
+
+        Args:
+            posterior: The rewards of the members.
+            progress: 0 at a run's first step, 1 at its last; None outside a run.
+        """
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, float]:
+        """Return what to log of the last call within a run."""
+        raise NotImplementedError
+
+
+class ScheduledRewardRobust(RunObjective):
+    """`reward_robust` with a weight that moves over the run; without progress, at its start.
+
+    Args:
+        nominal_weight: At the first step.
+        end: At the last step; None for a weight that stays.
+        schedule: The way there.
+        mix: `reward_robust` with other options, called as `mix(posterior, nominal_weight=...)`.
+    """
+
+    def __init__(
+        self,
+        *,
+        nominal_weight: float,
+        end: float | None = None,
+        schedule: Schedule = "constant",
+        mix: Callable[..., Tensor] = reward_robust,
+    ) -> None:
+        super().__init__()
+        self.start = self.weight = nominal_weight
+        self.end = nominal_weight if end is None else end
+        self.schedule: Schedule = schedule
+        self.mix = mix
+
+    def forward(
+        self, posterior: RewardPosterior, *, progress: float | None = None
+    ) -> Float[Tensor, " batch"]:
+        """Return the mix at the weight of this moment."""
+        if progress is None:
+            return self.mix(posterior, nominal_weight=self.start)
+        self.weight = scheduled(self.start, self.end, progress=progress, schedule=self.schedule)
+        return self.mix(posterior, nominal_weight=self.weight)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the weight of the last step."""
+        return {"objective/nominal_weight": self.weight}
+
+
+class UncertaintyPenalised(RunObjective):
+    """`uncertainty_penalised`, its running mean kept in buffers.
+
+    Without progress it is `lower_confidence_bound`, that is, `ubar = 0`: a score must not depend on
+    what was scored before it, and a constant changes no comparison.
+
+    Args:
+        coef: At least 0.
+        uncertainty_set: Makes of the posterior the one that counts (`lower_bounds`, say).
+    """
+
+    running_mean: Float[Tensor, ""]
+    running_count: Int[Tensor, ""]
+
+    def __init__(
+        self,
+        *,
+        coef: float,
+        uncertainty_set: Callable[[RewardPosterior], RewardPosterior] | None = None,
+    ) -> None:
+        super().__init__()
+        _require_coef(coef)
+        self.coef = coef
+        self.uncertainty_set = uncertainty_set
+        self.register_buffer("running_mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("running_count", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, posterior: RewardPosterior, *, progress: float | None = None
+    ) -> Float[Tensor, " batch"]:
+        """Return the rewards; within a run, count the batch into the running mean first."""
+        if self.uncertainty_set is not None:
+            posterior = self.uncertainty_set(posterior)
+        if progress is None:
+            return lower_confidence_bound(posterior, coef=self.coef)
+        before = RunningMean(self.running_mean.item(), int(self.running_count.item()))
+        rewards, running = uncertainty_penalised(posterior, coef=self.coef, running=before)
+        self.running_mean.fill_(running.mean)
+        self.running_count.fill_(running.count)
+        return rewards
+
+    def metrics(self) -> dict[str, float]:
+        """Return the running mean of the std between members."""
+        return {"objective/running_std": self.running_mean.item()}
+
+
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "mean": mean,
     "median": median,
@@ -247,4 +415,4 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "uncertainty_weighted": uncertainty_weighted,
     "lower_confidence_bound": lower_confidence_bound,
     "entropic": entropic,
-}
+}  # without `uncertainty_penalised`, which returns what it remembers too

@@ -39,12 +39,19 @@ class ObjectiveConfig:
         "reward_robust",
         "uncertainty_weighted",
         "lower_confidence_bound",
+        "uncertainty_penalised",
         "entropic",
         "quantile",
     ] = "mean"
     nominal_weight: float = 0.4  # reward_robust: 1 is nominal alone, 0 the worst case alone
+    # reward_robust: where the weight arrives at the last step of policy optimisation, and how.
+    # Outside of it (scoring, best of n, evaluation) the objective stays at its start.
+    nominal_weight_end: float | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     min_level: Literal["sample", "batch"] = "sample"  # reward_robust
-    coef: float = 0.5  # uncertainty_weighted, lower_confidence_bound
+    # uncertainty_weighted, lower_confidence_bound and uncertainty_penalised, which is the second
+    # but for the running mean that policy optimisation adds.
+    coef: float = 0.5
     temperature: float = 1.0  # entropic
     level: float = 0.25  # quantile
     # What each member puts into the objective: its mean, `mean - bound_coef * std`, or a draw. The
@@ -58,17 +65,40 @@ class ObjectiveConfig:
     nominal: Literal["lowest_std", "mean"] = "lowest_std"
 
     def __post_init__(self) -> None:
+        moves = self.nominal_weight_end is not None
+        if moves != (self.schedule != "constant") or (moves and self.name != "reward_robust"):
+            raise ValueError(
+                "A weight that moves needs name=reward_robust, nominal_weight_end and "
+                f"schedule=linear or cosine together, got name={self.name}, "
+                f"nominal_weight_end={self.nominal_weight_end} and schedule={self.schedule}."
+            )
+        if self.nominal_weight_end is not None and not 0.0 <= self.nominal_weight_end <= 1.0:
+            raise ValueError(
+                f"nominal_weight_end must lie in [0, 1], got {self.nominal_weight_end}."
+            )
         # Asked once of a made-up posterior, so that a bad number is refused before hours of work.
         self.build()(RewardPosterior(torch.zeros(1, 2), torch.ones(1, 2)))
 
     def build(self) -> Callable[[RewardPosterior], Tensor]:
-        """Return the objective as a function of the posterior."""
+        """Return the objective as a function of the posterior.
+
+        `reward_robust` and `uncertainty_penalised` are `objectives.RunObjective`s, new ones at each
+        call: `train_policy` tells them its progress, for all others they are plain functions.
+        """
+        if self.name == "reward_robust":
+            return objectives.ScheduledRewardRobust(
+                nominal_weight=self.nominal_weight,
+                end=self.nominal_weight_end,
+                schedule=self.schedule,
+                mix=self._reward_robust,
+            )
+        if self.name == "uncertainty_penalised":
+            return objectives.UncertaintyPenalised(coef=self.coef, uncertainty_set=self._set_of)
         builders: dict[str, Callable[[RewardPosterior], Tensor]] = {
             "mean": objectives.mean,
             "median": objectives.median,
             "nominal": objectives.nominal,
             "worst_case": objectives.worst_case,
-            "reward_robust": self._reward_robust,
             "uncertainty_weighted": lambda p: objectives.uncertainty_weighted(p, coef=self.coef),
             "lower_confidence_bound": lambda p: objectives.lower_confidence_bound(
                 p, coef=self.coef
@@ -77,7 +107,7 @@ class ObjectiveConfig:
             "quantile": lambda p: objectives.quantile(p, level=self.level),
         }
         objective = builders[self.name]
-        if self.name == "reward_robust" or self.uncertainty_set == "means":
+        if self.uncertainty_set == "means":
             return objective
         return lambda posterior: objective(self._set_of(posterior))
 
@@ -92,11 +122,11 @@ class ObjectiveConfig:
             return objectives.sampled(posterior, generator=generator)
         return posterior
 
-    def _reward_robust(self, posterior: RewardPosterior) -> Tensor:
+    def _reward_robust(self, posterior: RewardPosterior, *, nominal_weight: float) -> Tensor:
         chosen = {"lowest_std": objectives.nominal, "mean": objectives.mean}[self.nominal]
         return objectives.reward_robust(
             self._set_of(posterior),
-            nominal_weight=self.nominal_weight,
+            nominal_weight=nominal_weight,
             min_level=self.min_level,
             nominal_reward=chosen(posterior),
         )

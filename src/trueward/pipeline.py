@@ -40,6 +40,7 @@ from trueward.evaluate.judges import reward_judge
 from trueward.evaluate.preferences import evaluate_preferences, mean_interval
 from trueward.evaluate.winrate import win_rate
 from trueward.models.policy import Policy
+from trueward.models.reward_function import Reward, fitting_rows
 from trueward.models.reward_model import RewardModel
 from trueward.models.scratch import ModelSource, load_policy
 from trueward.options import ObjectiveConfig, SPGConfig
@@ -456,19 +457,18 @@ def write_synthetic(
     return made
 
 
-def evaluate_on(model: RewardModel, sources: dict[str, list[PreferenceRow]]) -> dict[str, float]:
-    """Return `NAME/metric` of a reward model on each set of preferences.
+def evaluate_on(reward: Reward, sources: dict[str, list[PreferenceRow]]) -> dict[str, float]:
+    """Return `NAME/metric` of a reward model, or of several, on each set of preferences.
 
     Rows with a side longer than the model's context are left out and counted in `NAME/overlong`.
     """
+    score = reward.score if isinstance(reward, RewardModel) else reward
     found: dict[str, float] = {}
     for name, rows in sources.items():
-        fitting = [
-            r for r in rows if model.fits(r.prompt, r.chosen) and model.fits(r.prompt, r.rejected)
-        ]
+        fitting = fitting_rows(reward, rows)
         found[f"{name}/overlong"] = float(len(rows) - len(fitting))
         if fitting:
-            metrics = evaluate_preferences(model.score, fitting)
+            metrics = evaluate_preferences(score, fitting)
             found |= {f"{name}/{key}": value for key, value in metrics.items()}
     return found
 

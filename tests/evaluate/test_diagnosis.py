@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,24 +15,19 @@ from trueward.data.formats import Completion, PreferenceRow, Prompt, text_of
 from trueward.evaluate.calibration import uncertainty_auroc
 from trueward.evaluate.diagnosis import (
     Diagnosis,
-    Measured,
-    collapsed_std_verdict,
     diagnose,
     diagnosis_table,
-    error_verdict,
-    identical_members_verdict,
     mean_pairwise_correlation,
     measured_spearman,
     member_spread,
     nominal_member,
-    nominal_verdict,
-    out_of_distribution_verdict,
     own_std_distribution,
     paired_auroc,
-    single_member_verdict,
+    reliability_bins,
     uncertainties,
 )
 from trueward.evaluate.preferences import evaluate_preferences
+from trueward.evaluate.verdicts import Measured, collapsed_std_verdict
 from trueward.posterior import RewardPosterior
 from trueward.testing import tiny_texts
 
@@ -171,6 +167,44 @@ def test_unchanged_completions_are_counted_and_left_out() -> None:
     assert "same" not in diagnosis.uncertainties["between"].auroc
 
 
+def test_rows_without_a_completion_of_a_kind_are_counted_and_left_out() -> None:
+    rows, sides, others = named(5)
+    rows[4].extra["tie"] = True
+    # Of the rows with a completion, the first has a lower std outside, the third a higher one.
+    means = torch.zeros(15, 2)
+    means[:, 1] = torch.tensor([3.0, 9, 1, 9, 9, 0, 0, 0, 0, 0, 2, 9, 4, 9, 9])
+    reward = table_reward(sides + others, means)
+    given = [others[0], None, others[2], sides[3], None]
+    diagnosis = diagnose(reward, rows, out_of_distribution={"some": given})
+    kind = diagnosis.out_of_distribution["some"]
+    assert (kind.completions, kind.unchanged, kind.overlong, kind.missing) == (2, 1, 0, 1)
+    # Stds outside 1 and 2, inside 1.5 and 0.5: three of the four comparisons are won.
+    assert diagnosis.uncertainties["between"].auroc["some"].value == 0.75
+    assert kind.preferred == 0.5
+    nothing = diagnose(reward, rows, out_of_distribution={"none": [None] * 5})
+    assert nothing.out_of_distribution["none"].missing == 4
+    assert nothing.out_of_distribution["none"].preferred is None
+
+
+def test_completions_that_do_not_fit_are_counted_and_left_out() -> None:
+    rows, sides, others = named(3)
+    asked: list[Completion] = []
+
+    def score(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> RewardPosterior:
+        asked.extend(completions)
+        return table_reward(sides + others, torch.arange(18.0).view(9, 2))(prompts, completions)
+
+    diagnosis = diagnose(
+        score,
+        rows,
+        out_of_distribution={"foreign": others},
+        fits=lambda prompt, completion: (prompt, completion) != ("p1", "o1"),
+    )
+    kind = diagnosis.out_of_distribution["foreign"]
+    assert (kind.completions, kind.overlong) == (2, 1)
+    assert "o1" not in asked
+
+
 def test_given_completions_belong_to_the_rows_with_ties_among_them() -> None:
     rows, sides, others = named(4)
     rows[1].extra["tie"] = True
@@ -280,6 +314,43 @@ def test_an_uncertainty_that_falls_with_error_misleads() -> None:
     assert signal.wrong_correlation is not None
     assert signal.wrong_correlation.high < 0
     assert "misleads" in sentence(diagnosis, "smaller where the reward errs")
+
+
+def test_reliability_by_hand() -> None:
+    # |margins| with probabilities .55, .58, .9, and a tie at .5: bins 8 (.533 to .6), 13 and 7.
+    logits = [math.log(p / (1 - p)) for p in (0.55, 0.58, 0.9)]
+    found = reliability_bins(torch.tensor([logits[0], -logits[1], logits[2], 0.0]).double())
+    assert len(found) == 15
+    filled = {i: b for i, b in enumerate(found) if b.count}
+    assert {i: b.count for i, b in filled.items()} == {7: 1, 8: 2, 13: 1}
+    assert filled[7].frequency == 0.5
+    assert (filled[8].confidence, filled[8].frequency) == (pytest.approx(0.565), 0.5)
+    assert (filled[13].confidence, filled[13].frequency) == (pytest.approx(0.9), 1.0)
+    assert (found[0].confidence, found[0].frequency) == (None, None)
+    assert found[0].centre == pytest.approx(1 / 30)
+
+
+def test_the_ece_is_the_mean_gap_of_the_reliability() -> None:
+    diagnosis = diagnosed(draws(80, 3) + 0.5, draws(80, 3, seed=1))
+    curve = diagnosis.reliability_curve
+    full = curve.count > 0
+    gaps = (curve.frequency - curve.confidence)[full].abs() * curve.count[full]
+    assert float(gaps.sum() / 80) == pytest.approx(diagnosis.ece)
+    assert bool(curve.frequency[~full].isnan().all())
+    assert diagnosis.metrics["ece"] == diagnosis.ece
+    assert diagnosis.metrics["margin"] > 0
+
+
+def test_quantiles_are_of_the_stds_of_single_completions() -> None:
+    # Members (0, 2k) have std k: of 0 to 40, each quantile is twice its step of 5 %.
+    means = torch.stack([torch.zeros(41), 2 * torch.arange(41.0)], dim=1).double()
+    stds = torch.full((41, 2), 0.5).double()
+    diagnosis = diagnosed(means, means, stds=(stds, stds))
+    between = diagnosis.uncertainties["between"].quantiles
+    # 0, 0, 1, 1, ..., 40, 40: at share q the value at place 81 q of them.
+    expected = np.quantile(np.repeat(np.arange(41.0), 2), np.arange(21) / 20)
+    assert list(between) == pytest.approx(expected.tolist())
+    assert list(diagnosis.uncertainties["own"].quantiles) == [0.5] * 21
 
 
 # --- Members ------------------------------------------------------------------------------------
@@ -564,7 +635,7 @@ def test_order_of_members_and_a_constant_for_all_do_not_matter() -> None:
     assert found.own_stds is not None
     means = [expected.own_stds.member_means[i] for i in order.tolist()]
     assert list(found.own_stds.member_means) == pytest.approx(means)
-    by_member = ("member_means", "shares")
+    by_member = ("member_means", "shares", "member_std/", "mean_reward")
     ours, theirs = (
         {path: v for path, v in numbers(d).items() if not any(name in path for name in by_member)}
         for d in (expected, found)
@@ -575,8 +646,14 @@ def test_order_of_members_and_a_constant_for_all_do_not_matter() -> None:
 def test_members_offsets_change_nothing_that_is_of_pairs() -> None:
     offsets = torch.tensor([0.0, 50.0, -3.0]).double()
     chosen, rejected = draws(40, 3) + 1, draws(40, 3, seed=1)
-    plain = numbers(diagnosed(chosen, rejected))
-    moved = numbers(diagnosed(chosen + offsets, rejected + offsets))
+    # The quantiles are of single completions, as are some of the metrics.
+    plain, moved = (
+        {path: v for path, v in numbers(found).items() if not re.search("quantiles|metrics", path)}
+        for found in (
+            diagnosed(chosen, rejected),
+            diagnosed(chosen + offsets, rejected + offsets),
+        )
+    )
     assert moved == pytest.approx(plain)
 
 
@@ -615,58 +692,6 @@ def test_one_pair_and_two_are_enough_for_what_can_be_known() -> None:
     )
     json.dumps(dataclasses.asdict(two), allow_nan=False)
     assert two.verdicts
-
-
-# --- Verdicts -----------------------------------------------------------------------------------
-
-
-def measured(value: float, low: float, high: float) -> Measured:
-    return Measured(value=value, low=low, high=high)
-
-
-@pytest.mark.parametrize(
-    ("verdict", "words"),
-    [
-        (identical_members_verdict(0.99, 0.5), "nearly identical"),
-        (identical_members_verdict(0.989, 0.1), "nearly identical"),
-        (identical_members_verdict(0.989, 0.101), "Members differ"),
-        (identical_members_verdict(None, 0.1), "cannot be compared"),
-        (collapsed_std_verdict(1.1, 0.0), "have collapsed"),
-        (collapsed_std_verdict(1.11, 0.5), "have not collapsed"),
-        (collapsed_std_verdict(1.11, 0.51), "have collapsed"),
-        (error_verdict("between", measured(0.1, 0.01, 0.2), None), "larger where the reward errs"),
-        (error_verdict("between", measured(0.1, 0.0, 0.2), None), "unrelated to error"),
-        (
-            error_verdict("between", measured(0.1, -0.1, 0.3), measured(-0.1, -0.2, -0.01)),
-            "smaller where the reward errs",
-        ),
-        (error_verdict("between", None, None), "same for all pairs"),
-        (out_of_distribution_verdict("own", {"a": measured(0.6, 0.51, 0.7)}), "rises on every"),
-        (out_of_distribution_verdict("own", {"a": measured(0.7, 0.5, 0.9)}), "no better than"),
-        (out_of_distribution_verdict("own", {"a": measured(0.59, 0.58, 0.6)}), "no better than"),
-        (nominal_verdict(0.9, 0.4, measured(0.1, 0.05, 0.2)), "One member is nominal for 90%"),
-        (nominal_verdict(0.89, 0.4, measured(0.1, 0.05, 0.2)), "better one to ask"),
-        (nominal_verdict(0.5, 1.0, measured(0.1, 0.0, 0.2)), "as if at random"),
-        (nominal_verdict(0.5, 1.0, measured(-0.1, -0.2, -0.01)), "worse one to ask"),
-        (single_member_verdict(1, has_own_std=True), "only its own std is left"),
-        (single_member_verdict(1, has_own_std=False), "no uncertainty at all"),
-    ],
-)
-def test_verdicts_turn_at_their_thresholds_and_are_one_sentence(verdict: str, words: str) -> None:
-    assert words in verdict
-    assert verdict.endswith(".")
-    assert ". " not in verdict
-    assert "  " not in verdict
-
-
-def test_kinds_are_sorted_by_whether_the_uncertainty_rises_on_them() -> None:
-    verdict = out_of_distribution_verdict(
-        "between", {"a": measured(0.93, 0.9, 0.96), "b": measured(0.51, 0.4, 0.6)}
-    )
-    assert verdict.startswith("The std between members rises on some")
-    assert "(AUROC a 0.93) but is no better than chance, or hardly, on other (b 0.51)" in verdict
-    assert out_of_distribution_verdict("between", {}) == ""
-    assert single_member_verdict(2, has_own_std=True) == ""
 
 
 def test_every_question_has_its_verdict() -> None:

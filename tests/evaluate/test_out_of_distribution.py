@@ -1,14 +1,19 @@
 import copy
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trueward.data.formats import text_of
+from trueward.data.formats import DataError, text_of
 from trueward.evaluate.out_of_distribution import (
     OUT_OF_DISTRIBUTION,
+    answers_beside,
     completions_of,
+    made_completions,
     mismatched,
+    read_answers,
     repeated_text,
     shuffled_words,
     truncated,
@@ -168,6 +173,79 @@ def test_given_completions_are_taken_as_they_are() -> None:
     assert completions_of(given, ["p", "q"], ["yes", "no"], seed=0) == given
     made = completions_of(shuffled_words, PROMPTS, ANSWERS, seed=4)
     assert made == shuffled_words(PROMPTS, ANSWERS, seed=4)
+
+
+def test_makers_that_the_rows_are_too_few_for_are_left_out_with_their_reason() -> None:
+    made = made_completions(["p", "p"], ["one two", "three four"], seed=1)
+    assert list(made.completions) == [*ALONE[:3], "truncated"]
+    assert made.completions["truncated"] == truncated(["p"] * 2, ["one two", "three four"], seed=1)
+    assert list(made.left_out) == ["mismatched"]
+    assert "2 of 2 completions answer one prompt" in made.left_out["mismatched"]
+
+
+def test_answers_stand_beside_their_prompts_and_go_round_where_prompts_come_again() -> None:
+    turn = [{"role": "user", "content": "p"}]
+    found = answers_beside(
+        ["p", "q", "p", turn, "r"],
+        ["x", "p", "r", turn],
+        ["of x", "first", [{"role": "assistant", "content": "of r"}], "second"],
+        seed=0,
+    )
+    # The fourth prompt is messages: so is its answer.
+    again = [{"role": "assistant", "content": "first"}]
+    assert found.completions == ["first", None, "second", again, "of r"]
+    assert (found.other_prompts, found.unused) == (False, 1)
+    unused = answers_beside(["p"], ["p"] * 3, ["a", "b", "c"], seed=0)
+    assert (unused.completions, unused.unused) == (["a"], 2)
+
+
+@pytest.mark.parametrize("answers", [20, 60, 100])
+def test_answers_to_other_prompts_are_dealt_out_each_at_most_once(answers: int) -> None:
+    texts = [f"answer {i}" for i in range(answers)]
+    found = answers_beside(PROMPTS, [f"other {i}" for i in range(answers)], texts, seed=3)
+    given = [text for text in found.completions if text is not None]
+    assert (len(found.completions), len(given)) == (60, min(answers, 60))
+    assert len(set(map(str, given))) == len(given)
+    assert set(map(str, given)) <= set(texts)
+    assert (found.other_prompts, found.unused) == (True, max(0, answers - 60))
+    assert found.completions[: len(given)] != texts[: len(given)]  # neither side keeps its order
+    again, other = (
+        answers_beside(PROMPTS, [f"other {i}" for i in range(answers)], texts, seed=seed)
+        for seed in (3, 4)
+    )
+    assert again == found
+    assert other.completions != found.completions
+
+
+def test_answers_are_read_one_or_several_a_row(tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "q"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "p", "completion": "a", "reward": 1.0},
+        {"prompt": turn, "completions": ["b", conversation("c")]},
+    ]
+    file = tmp_path / "answers.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert read_answers(file) == (["p", turn, turn], ["a", "b", conversation("c")])
+    for row, told in (
+        ('{"completion": "a"}', r"answers.jsonl:2 needs 'prompt' and .* has completion"),
+        ('{"prompt": "p", "completions": "a"}', r"answers.jsonl:2 needs"),
+        ('{"prompt": "p", "completion": 3}', r"answers.jsonl:2: prompt and .*, got a number"),
+        ('{"prompt": ["p"], "completion": "a"}', r"answers.jsonl:2: prompt and .*, got"),
+        ('{"prompt": "p"}', r"answers.jsonl:2 needs 'prompt' and .* has prompt"),
+        ('{"prompt": "p", "completion": null}', r"answers.jsonl:2: prompt and .*, got null"),
+    ):
+        file.write_text(f'{{"prompt": "p", "completion": "a"}}\n{row}\n')
+        with pytest.raises(DataError, match=told):
+            read_answers(file)
+    file.write_text('{"prompt": "p", "completions": []}\n')
+    with pytest.raises(DataError, match="holds no completions"):
+        read_answers(file)
+
+
+def test_one_common_prompt_is_enough_not_to_deal() -> None:
+    found = answers_beside(["p", "q"], ["q", "x"], ["of q", "of x"], seed=0)
+    assert found.completions == [None, "of q"]
+    assert (found.other_prompts, found.unused) == (False, 1)
 
 
 def test_bad_input_is_named() -> None:

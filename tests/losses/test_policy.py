@@ -15,6 +15,7 @@ from trueward.losses import (
     masked_mean,
     masked_whiten,
     ppo_clip_loss,
+    squared_kl_loss,
     terminal_rewards,
     value_clip_loss,
 )
@@ -401,11 +402,47 @@ def test_whitening_nothing_gives_zeros() -> None:
     assert (whitened == 0).all()
 
 
+# The squared log-ratio as a loss.
+
+
+def test_the_squared_log_ratio_by_hand_is_twice_k2() -> None:
+    policy, ref = double([-1.0, -2.0, -3.0]), double([-1.5, -2.0, -1.0])
+    assert squared_kl_loss(policy, ref).tolist() == [0.25, 0.0, 4.0]
+    torch.testing.assert_close(
+        squared_kl_loss(policy, ref), 2 * kl_estimate(policy, ref, estimator="k2")
+    )
+
+
+def test_its_gradient_is_on_average_twice_that_of_the_kl_and_a_k1_loss_has_none() -> None:
+    logits, (_, ref) = normal(7, seed=1).requires_grad_(), policies()
+
+    def gradient(values: Tensor) -> Tensor:
+        return torch.autograd.grad(values, logits)[0]
+
+    policy = logits.log_softmax(0)
+    kl = gradient((policy.exp() * (policy - ref)).sum())
+    # On the policy's own samples, the drawing of which is not differentiated.
+    weights = logits.log_softmax(0).exp().detach()
+    squared = gradient((weights * squared_kl_loss(logits.log_softmax(0), ref)).sum())
+    torch.testing.assert_close(squared, 2 * kl)
+    assert kl.abs().max() > 0.05
+    k1 = kl_estimate(logits.log_softmax(0), ref, estimator="k1")
+    torch.testing.assert_close(gradient((weights * k1).sum()), torch.zeros_like(kl))
+
+
+def test_each_token_pays_for_its_own_log_ratio_alone() -> None:
+    policy = double([[-1.0, -2.0], [-0.5, -4.0]]).requires_grad_()
+    ref = double([[-2.0, -1.0], [-0.5, -1.0]])
+    squared_kl_loss(policy, ref).sum().backward()
+    torch.testing.assert_close(policy.grad, double([[2.0, -2.0], [0.0, -6.0]]))
+
+
 @pytest.mark.usefixtures("without_annotation_checks")
 @pytest.mark.parametrize(
     "call",
     [
         partial(kl_estimate, torch.zeros(3), torch.zeros(3, 1), estimator="k1"),
+        partial(squared_kl_loss, torch.zeros(3), torch.zeros(3, 1)),
         partial(ppo_clip_loss, torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 1)),
         partial(value_clip_loss, torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 1)),
         partial(

@@ -1,4 +1,4 @@
-"""Weights averaged and interpolated; the shared start, the members, the path between them."""
+"""Weights averaged and interpolated; the shared start and the members."""
 
 import copy
 import dataclasses
@@ -12,16 +12,16 @@ from transformers import PreTrainedTokenizerFast
 
 from trueward.data.formats import DataError, LoadReport, PreferenceRow
 from trueward.models.heads import ScalarHead
+from trueward.models.laplace import LaplaceHead
+from trueward.models.lora_ensemble import MemberHeads
 from trueward.models.reward_function import posterior_function
 from trueward.models.reward_model import RewardModel
+from trueward.models.sentence_backbone import SentenceBackbone, SentenceConfig
 from trueward.models.weight_averaging import (
-    LinearPath,
     MemberSettings,
-    PathPoint,
     average_weights,
     diverse_members,
     interpolate_weights,
-    linear_mode_connectivity,
     probe_head,
     select_best,
     set_dropout,
@@ -35,7 +35,6 @@ from trueward.testing import (
     tiny_texts,
     tiny_tokenizer,
 )
-from trueward.train.reward import RewardConfig, train_reward
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS, COMPLETIONS = tiny_texts(6, seed=3), tiny_texts(6, seed=4)
@@ -312,6 +311,48 @@ def test_tokenizers_that_differ_are_named() -> None:
             average_weights([model, model, other])
 
 
+def test_heads_without_a_mean_are_refused_with_what_to_do() -> None:
+    model, width = made(), 32
+    heads = {
+        "fit it again on their average": LaplaceHead(width),
+        "average single heads": MemberHeads(width),
+    }
+    for told, head in heads.items():
+        other = RewardModel(model.backbone, head, TOKENIZER)
+        with pytest.raises(ValueError, match=told):
+            average_weights([other, other])
+        with pytest.raises(ValueError, match=told):
+            interpolate_weights(model, other, 0.5)
+
+
+def on_an_encoder(encoder_seed: int, seed: int) -> RewardModel:
+    """A scalar head on the trunk of a frozen encoder."""
+    encoder = tiny_backbone("bert", seed=encoder_seed, vocab_size=len(TOKENIZER))
+    torch.manual_seed(seed)
+    config = SentenceConfig(encoder=encoder.config.to_dict(), hidden_size=16, layers=1)
+    backbone = SentenceBackbone(config, encoder)
+    return RewardModel.from_backbone(backbone, TOKENIZER, seed=seed).eval()
+
+
+def test_what_is_frozen_stays_frozen_and_must_be_the_same() -> None:
+    models = [on_an_encoder(0, seed) for seed in (1, 2)]
+    before = [scores(model) for model in models]
+    average = average_weights(models)
+    trunks = [model.backbone.trunk[0].weight for model in (*models, average)]
+    torch.testing.assert_close(trunks[2], (trunks[0] + trunks[1]) / 2)
+    assert average.backbone.encoder is models[0].backbone.encoder
+    assert not any(p.requires_grad for p in average.backbone.encoder.parameters())
+    assert all(p.requires_grad for p in average.backbone.trunk.parameters())
+    stranger = on_an_encoder(5, 2)
+    for refused in (
+        lambda: average_weights([*models, stranger]),
+        lambda: interpolate_weights(models[0], stranger, 0.5),
+    ):
+        with pytest.raises(ValueError, match=r"different frozen encoders \(backbone.encoder"):
+            refused()
+    assert torch.equal(torch.stack([scores(model) for model in models]), torch.stack(before))
+
+
 def test_no_model_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one model, got none"):
         average_weights([])
@@ -340,8 +381,6 @@ def test_the_ends_of_an_interpolation_are_the_models_and_its_middle_their_averag
 def test_a_weight_outside_the_line_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match=r"weight must lie in \[0, 1\]"):
         interpolate_weights(made(), made(), weight)
-    with pytest.raises(ValueError, match=r"weights must lie in \[0, 1\]"):
-        linear_mode_connectivity(made(), made(), rows(4), weights=(weight,))
 
 
 # ---- the shared start and the members ------------------------------------------------------
@@ -503,147 +542,3 @@ def test_selection_by_hand() -> None:
 def test_selection_refuses(accuracies: list[float], count: int, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         select_best(["a", "b"], accuracies, count)
-
-
-# ---- linear mode connectivity --------------------------------------------------------------
-
-
-def with_margins(start: RewardModel, data: list[PreferenceRow], margins: list[float]):
-    """The start with a head that gives the rows exactly these margins (fewer rows than states)."""
-    prompts = [row.prompt for row in data for _ in "cr"]
-    sides = [side for row in data for side in (row.chosen, row.rejected)]
-    states = []
-    for prompt, side in zip(prompts, sides, strict=True):
-        ids = torch.tensor([[i for part in start.tokenize(prompt, side) for i in part]])
-        states.append(start.backbone(input_ids=ids).last_hidden_state[0, -1].detach())
-    differences = torch.stack(states[0::2]).double() - torch.stack(states[1::2]).double()
-    model = copy.deepcopy(start)
-    weight = torch.linalg.pinv(differences) @ torch.tensor(margins, dtype=torch.float64)
-    with torch.no_grad():
-        model.head.linear.weight.copy_(weight[None])
-    return model
-
-
-def test_a_path_by_hand() -> None:
-    """Heads on one backbone: margins between are `(1-l) m_1 + l m_2`, so all is known."""
-    start, data = made(), rows(5)
-    ends = [[1.0, -3.0, 2.0, 2.0, -1.0], [-3.0, 1.0, 2.0, 1.0, 2.0]]
-    models = [with_margins(start, data, margins) for margins in ends]
-    path = linear_mode_connectivity(*models, data)
-    assert (path.pairs, path.left_out) == (5, 0)
-    assert [p.weight for p in path.points] == [0, 0.25, 0.5, 0.75, 1]
-    assert [p.line for p in path.points] == pytest.approx([0.6, 0.65, 0.7, 0.75, 0.8])
-    # The middle's margins are -1, -1, 2, 1.5, 0.5: the first two pairs are lost, the last won.
-    middle = path.points[2]
-    assert (middle.accuracy, middle.gap) == pytest.approx((0.6, -0.1))
-
-    def loss(margins: list[float]) -> float:
-        return sum(math.log1p(math.exp(-m)) for m in margins) / 5
-
-    assert middle.loss == pytest.approx(loss([-1.0, -1.0, 2.0, 1.5, 0.5]), abs=1e-4)
-    losses = [loss(margins) for margins in ends]
-    expected = [(1 - w) * losses[0] + w * losses[1] for w in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    assert [p.loss_line for p in path.points] == pytest.approx(expected, abs=1e-4)
-    assert [path.points[i].loss for i in (0, 4)] == pytest.approx(losses, abs=1e-4)
-    # The pairs' gaps are -1/2, -1/2, 0, 0, 1/2: s^2 = (3/4 - 5/100) / 4 = 0.175.
-    half = 1.959964 * math.sqrt(0.175 / 5)
-    assert (middle.low, middle.high) == pytest.approx((-0.1 - half, -0.1 + half), abs=1e-6)
-    for end, accuracy in ((path.points[0], 0.6), (path.points[4], 0.8)):
-        assert end.accuracy == pytest.approx(accuracy)
-        assert (end.low, end.high) == pytest.approx((0, 0), abs=1e-12)
-    assert not middle.holds
-    assert not path.refuted  # five pairs cannot tell
-    narrow = linear_mode_connectivity(*models, data, weights=(0.5,), confidence=0.2)
-    assert narrow.points[0].high == pytest.approx(-0.1 + half * 0.253347 / 1.959964, abs=1e-6)
-    assert narrow.refuted
-
-
-def test_ties_are_half_right_on_a_path() -> None:
-    silent = made()
-    torch.nn.init.zeros_(silent.head.linear.weight)
-    path = linear_mode_connectivity(silent, silent, rows(4), weights=(0.0, 0.5))
-    assert [p.accuracy for p in path.points] == [0.5, 0.5]
-    assert path.points[1].loss == pytest.approx(math.log(2))
-
-
-def test_a_path_above_the_line_holds() -> None:
-    start, data = made(), rows(2)
-    model_1 = with_margins(start, data, [3.0, -1.0])
-    model_2 = with_margins(start, data, [-1.0, 3.0])
-    path = linear_mode_connectivity(model_1, model_2, data)
-    assert [p.accuracy for p in path.points][0::2] == [0.5, 1.0, 0.5]
-    assert path.points[2].gap == 0.5
-    assert path.loss_barrier < 0
-    assert not path.refuted
-
-
-def test_a_path_reads_the_same_from_its_other_end() -> None:
-    models = [shaken(made(), seed, 0.1) for seed in (1, 2)]
-    data = rows(12)
-    there = linear_mode_connectivity(*models, data, weights=(0.0, 0.3, 1.0))
-    back = linear_mode_connectivity(*reversed(models), data, weights=(1.0, 0.7, 0.0))
-    for p, q in zip(there.points, back.points, strict=True):
-        numbers = [dataclasses.astuple(point)[1:] for point in (p, q)]
-        assert numbers[0] == pytest.approx(numbers[1], abs=1e-6)
-
-
-def test_the_verdict_on_a_path_by_hand() -> None:
-    def point(weight: float, accuracy: float, high: float, loss: float = 0.5) -> PathPoint:
-        return PathPoint(
-            weight=weight,
-            accuracy=accuracy,
-            line=0.7,
-            low=-1.0,
-            high=high,
-            loss=loss,
-            loss_line=0.6,
-        )
-
-    ends = (point(0.0, 0.1, -1.0, 9.0), point(1.0, 0.1, -1.0, 9.0))  # count for nothing
-    good = LinearPath(points=(*ends, point(0.5, 0.7, 0.1)), pairs=9, left_out=0)
-    assert (good.holds, good.refuted) == (True, False)
-    assert good.loss_barrier == pytest.approx(-0.1)
-    chance = LinearPath(points=(*good.points, point(0.3, 0.69, 0.01, 0.9)), pairs=9, left_out=0)
-    assert (chance.holds, chance.refuted) == (False, False)
-    assert chance.loss_barrier == pytest.approx(0.3)
-    bad = LinearPath(points=(*good.points, point(0.3, 0.6, -0.01)), pairs=9, left_out=0)
-    assert (bad.holds, bad.refuted) == (False, True)
-    assert LinearPath(points=ends, pairs=9, left_out=0).loss_barrier == 0.0
-
-
-def test_a_path_counts_what_it_leaves_out_and_needs_two_pairs() -> None:
-    data = rows(3)
-    unusable = [
-        dataclasses.replace(data[0], extra={"tie": True}),
-        dataclasses.replace(data[1], chosen="big dog " * 600),
-    ]
-    path = linear_mode_connectivity(made(), made(), [*unusable, *data], weights=(1.0,))
-    assert (path.pairs, path.left_out) == (3, 2)
-    with pytest.raises(DataError, match="at least two preference rows, got one"):
-        linear_mode_connectivity(made(), made(), [*unusable, data[0]])
-    with pytest.raises(ValueError, match=r"confidence must lie in \(0, 1\)"):
-        linear_mode_connectivity(made(), made(), data, confidence=1.0)
-
-
-def test_members_from_one_start_are_connected_and_models_from_two_are_not() -> None:
-    data, held_out = rows(64), rows(100, seed=77)
-    starts = [probe_head(made(seed), data) for seed in (0, 1)]
-    settings = diverse_members(2, learning_rates=(3e-4, 1.5e-4))
-    config = RewardConfig(epochs=2.0, batch_size=16, progress=False)
-
-    def trained(start: RewardModel, own: MemberSettings) -> RewardModel:
-        options = dataclasses.replace(config, learning_rate=own.learning_rate, seed=own.seed)
-        return train_reward(start_member(start, own), data, options)
-
-    first, second = (trained(starts[0], own) for own in settings)
-    stranger = trained(starts[1], settings[0])
-    together, apart = (
-        linear_mode_connectivity(first, other, held_out, weights=(0.0, 0.5, 1.0))
-        for other in (second, stranger)
-    )
-    assert min(p.accuracy for p in (*together.points, apart.points[2])) > 0.9
-    assert together.holds
-    assert together.loss_barrier < 0  # the average is better than the two on average
-    assert apart.refuted
-    assert apart.points[1].gap < -0.2
-    assert apart.loss_barrier > 0.4

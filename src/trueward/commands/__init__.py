@@ -2,7 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
-from trueward.commands.evaluation import EvaluateCommand, ReportCommand, evaluate, report
+from trueward.commands.evaluation import (
+    AverageCommand,
+    EvaluateCommand,
+    ReportCommand,
+    average,
+    evaluate,
+    report,
+)
 from trueward.commands.sampling import SampleCommand, ScoreCommand, sample, score
 from trueward.commands.training import (
     PolicyCommand,
@@ -18,6 +25,7 @@ from trueward.commands.training import (
 from trueward.config import parse
 from trueward.lab.compare import run_compare
 from trueward.lab.demo import DemoConfig, run_demo
+from trueward.lab.families import FamiliesConfig, run_families
 from trueward.lab.plan import CompareConfig
 from trueward.pipeline import RLPConfig
 
@@ -31,7 +39,9 @@ RUNS: dict[str, tuple[type, Callable[..., object]]] = {
     "refine": (RefineCommand, refine),
     "rlp": (RLPConfig, rlp),
     "evaluate": (EvaluateCommand, evaluate),
+    "average": (AverageCommand, average),
     "compare": (CompareConfig, run_compare),
+    "families": (FamiliesConfig, run_families),
     "report": (ReportCommand, report),
 }
 

@@ -3,10 +3,11 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trueward.commands.shared import (
     DataOptions,
+    completions_of_rows,
     console,
     finished,
     load_reward,
@@ -15,9 +16,12 @@ from trueward.commands.shared import (
     tell,
 )
 from trueward.data.formats import (
+    Completion,
+    Prompt,
     load_demonstrations,
     load_preferences,
     load_prompts,
+    read_jsonl,
     split_by_prompt,
     text_of,
 )
@@ -29,6 +33,7 @@ from trueward.pipeline import RLPConfig, evaluate_on, run_rlp, write_synthetic
 from trueward.refine.multiview import MultiView, MultiViewConfig
 from trueward.report.run import report_run
 from trueward.sampling import fitting_prompts, read_samples
+from trueward.train.families import FamilyConfig, train_family
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig, train_reward
 from trueward.train.sft import SFTConfig, train_sft
@@ -58,15 +63,15 @@ def sft(config: SFTCommand) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardCommand:
-    """Train a reward model on preferences."""
+class RewardCommand(FamilyConfig):
+    """Train a reward on preferences: a single head, or any family with an uncertainty."""
 
     preferences: str  # file, folder, or hub name owner/name[@config][:split]
     backbone: str  # folder or hub id: the SFT model, or any backbone
     output_dir: str
-    members: int = 0  # 0 = one scalar reward, K = Gaussian heads
-    head_dropout: float = 0.0
     lora_rank: int = 0  # 0 = train all weights
+    selection: str = ""  # more preferences, on which warm selects its members
+    reference: str = ""  # JSONL with prompt and completion(s): what members' scales are measured on
     held_out: float = 0.05  # share of the prompts kept for the evaluation
     evaluation: dict[str, str] = field(default_factory=dict)  # name -> more preferences
     data: DataOptions = field(default_factory=DataOptions)
@@ -74,7 +79,7 @@ class RewardCommand:
 
 
 def reward(config: RewardCommand) -> None:
-    """Train a reward model and save it in `output_dir/model`."""
+    """Train a reward and save it in `output_dir/model`."""
     if finished(config, "reward"):
         return
     loaded = load_preferences(config.preferences, **config.data.arguments())
@@ -84,25 +89,36 @@ def reward(config: RewardCommand) -> None:
         more = load_preferences(source, **config.data.arguments())
         console.print(more.report.summary(), highlight=False)
         sets[name] = more.rows
-    model = RewardModel.from_backbone(
-        config.backbone,
-        members=config.members,
-        head_dropout=config.head_dropout,
-        lora_rank=config.lora_rank,
-        max_length=config.train.max_length,
-        seed=config.train.seed,
-    )
-    model.facts = {"training data": Path(config.preferences).name, "base": config.backbone}
+    selection = []
+    if config.selection:
+        selection = load_preferences(config.selection, **config.data.arguments()).rows
+
+    def make(**options: Any) -> RewardModel:
+        own: dict[str, Any] = {"max_length": config.train.max_length, **options}
+        model = RewardModel.from_backbone(config.backbone, **{"lora_rank": config.lora_rank} | own)
+        model.facts = {"training data": Path(config.preferences).name, "base": config.backbone}
+        return model
+
     start(config, "reward")
-    train_reward(
-        model,
+    train_family(
+        make,
         rows,
+        config,
         config.train,
         output_dir=config.output_dir,
+        reference=_reference(config.reference),
         report=loaded.report,
-        evaluation=lambda m: evaluate_on(m, sets),
+        selection=selection,
+        evaluation=lambda reward: evaluate_on(reward, sets),
     )
     tell(config.output_dir, loaded)
+
+
+def _reference(source: str) -> tuple[list[Prompt], list[Completion]] | None:
+    if not source:
+        return None
+    prompts, completions, _ = completions_of_rows([row for _, row in read_jsonl(source)], source)
+    return prompts, completions
 
 
 @dataclass(frozen=True, kw_only=True)

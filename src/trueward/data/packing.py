@@ -77,15 +77,6 @@ class PackedBatch:
         """The completions' own ids, right padded with repeats of the last one (see `mask`)."""
         return self.input_ids[self.rows[:, None], self.target_columns]
 
-    def keys(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Return prompt ids and completion ids of each completion: what its states depend on."""
-        ids = self.input_ids.tolist()
-        places = zip(self.rows, self.prompt_ends, self.starts, self.lengths, strict=True)
-        return [
-            (tuple(ids[row][: end + 1]), tuple(ids[row][start : start + length]))
-            for row, end, start, length in (map(int, place) for place in places)
-        ]
-
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedBatch":
         """Move to a device; `dtype` is for the additive 4-D mask, which follows the model's."""
         attention_mask = self.attention_mask.to(device)

@@ -3,12 +3,11 @@
 Whatever returns a `RewardPosterior` has up to three uncertainties: the std between its members,
 the mean of the members' own stds, and the two together. Each is asked two things here: is it larger
 where the reward errs, and is it larger on completions that the data did not cover? The verdicts say
-which of them carry a signal and which do not; each is a function of numbers, with its threshold
-above.
+which of them carry a signal and which do not (`evaluate.verdicts`).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
@@ -20,7 +19,12 @@ from torch import Tensor
 from trueward import objectives
 from trueward.data.formats import Completion, PreferenceRow, Prompt
 from trueward.data.rows import canonical
-from trueward.evaluate.calibration import spearman, uncertainty_auroc
+from trueward.evaluate.calibration import (
+    ReliabilityCurve,
+    reliability_curve,
+    spearman,
+    uncertainty_auroc,
+)
 from trueward.evaluate.out_of_distribution import (
     OUT_OF_DISTRIBUTION,
     OutOfDistribution,
@@ -32,32 +36,30 @@ from trueward.evaluate.preferences import (
     evaluate_preferences,
     mean_interval,
 )
-from trueward.models.reward_function import PosteriorFunction, Reward, posterior_function
+from trueward.evaluate.verdicts import (
+    LABELS,
+    Measured,
+    collapsed_std_verdict,
+    error_verdict,
+    identical_members_verdict,
+    nominal_verdict,
+    out_of_distribution_verdict,
+    single_member_verdict,
+)
+from trueward.models.reward_function import (
+    PosteriorFunction,
+    Reward,
+    fits_context,
+    posterior_function,
+)
 from trueward.posterior import RewardPosterior
 
-COLLAPSED_RATIO = 1.1  # of the 90 % to the 10 % quantile of a member's own stds
-COLLAPSED_SHARE = 0.5  # of the own stds at their member's smallest
-IDENTICAL_CORRELATION = 0.99  # mean over the pairs of members
-IDENTICAL_SPREAD = 0.1  # std between members over the reward's own, both of margins
-USEFUL_AUROC = 0.6
-DOMINANT_SHARE = 0.9  # of the completions of which one member is the nominal one
+QUANTILE_LEVELS = tuple(i / 20 for i in range(21))  # of `UncertaintySignal.quantiles`
+
+Fits = Callable[[Prompt, Completion], bool]
 
 _AT_FLOOR = 1.01  # within 1 % of the smallest
 _ROUNDING = 1e-9  # of the largest reward: a smaller std between members is the mean's rounding
-_LABELS = {
-    "between": "std between members",
-    "own": "members' own std",
-    "total": "total std",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A number with its confidence interval, the widest possible one where there is none."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class UncertaintySignal:
     error_correlation: Measured | None  # Spearman with 1 - sigmoid(margin); None: constant
     wrong_correlation: Measured | None  # Spearman with the pair being in the wrong order
     auroc: Mapping[str, Measured]  # by kind of out-of-distribution completion
+    quantiles: Sequence[float]  # at QUANTILE_LEVELS, over single completions of the pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,19 @@ class OutOfDistributionKind:
 
     completions: int
     unchanged: int  # the same as in the data, so left out
+    overlong: int  # longer than the reward's context, so left out
+    missing: int  # pairs for which the source has none
     preferred: float | None  # share with a higher reward than the data's, ties at half
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityBin:
+    """A bin of the probability that the higher reward is the chosen one; None: it is empty."""
+
+    centre: float
+    confidence: float | None  # mean stated probability
+    frequency: float | None  # share in which it was, ties at half
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +124,8 @@ class Diagnosis:
     accuracy: Measured
     ece: float
     brier: float
+    metrics: Mapping[str, float]  # all of `evaluate_preferences` on the same pairs
+    reliability: Sequence[ReliabilityBin]  # of `sigmoid(|margin|)`, as the ECE
     uncertainties: Mapping[str, UncertaintySignal]  # "between", "own", "total": those there are
     out_of_distribution: Mapping[str, OutOfDistributionKind]
     member_correlation: float | None  # Pearson of the means, mean over the pairs of members
@@ -116,6 +133,21 @@ class Diagnosis:
     member_spread: float | None  # between members / of their mean, root mean squares of margins
     own_stds: OwnStds | None
     nominal: NominalMember | None
+
+    @property
+    def reliability_curve(self) -> ReliabilityCurve:
+        """The reliability as `report.figures.reliability_panels` draws it."""
+
+        def column(values: Sequence[float | None]) -> Tensor:
+            known = [math.nan if value is None else value for value in values]
+            return torch.tensor(known, dtype=torch.float64)
+
+        return ReliabilityCurve(
+            centres=column([b.centre for b in self.reliability]),
+            confidence=column([b.confidence for b in self.reliability]),
+            frequency=column([b.frequency for b in self.reliability]),
+            count=torch.tensor([b.count for b in self.reliability]),
+        )
 
     @property
     def verdicts(self) -> list[str]:
@@ -141,6 +173,7 @@ def diagnose(
     *,
     out_of_distribution: Mapping[str, OutOfDistribution] = OUT_OF_DISTRIBUTION,
     objective: Objective = objectives.mean,
+    fits: Fits | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Diagnosis:
@@ -161,9 +194,12 @@ def diagnose(
         reward: A reward model, several, or any function from prompts and completions to rewards.
         preferences: Held out from training; rows marked as ties are left out.
         out_of_distribution: By name, a maker or the completions themselves, one for each row
-            (another policy's, say); completions that are those of the data are left out, counted.
+            (another policy's, say), None where there is none for a row. Completions that are those
+            of the data, or longer than the context, are left out and counted.
         objective: From the posterior to the reward that is evaluated; one that takes uncertainty
             off the reward is correlated with it by construction.
+        fits: Whether a completion fits the reward's context; None asks the reward models, and lets
+            everything pass where the reward is a function.
         confidence: Of the intervals.
         seed: Of the makers.
 
@@ -171,6 +207,7 @@ def diagnose(
         ValueError: No pairs, rewards that are not finite, completions that do not fit the rows.
     """
     function = posterior_function(reward)
+    fits = fits or fits_context(reward)
     scored: list[RewardPosterior] = []
 
     def recording(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> RewardPosterior:
@@ -186,10 +223,17 @@ def diagnose(
     known = rewards[0::2] - rewards[1::2]
     kinds, aurocs = {}, {}
     for name, source in out_of_distribution.items():
-        kinds[name], aurocs[name] = _out_of_distribution_kind(
-            name, source, function, preferences, sides[0::2], objective, confidence, seed
+        made = completions_of(
+            source,
+            [row.prompt for row in preferences],
+            [row.chosen for row in preferences],
+            seed=seed,
+            name=f"out_of_distribution[{name!r}]",
         )
-    several = margins.members > 1
+        kinds[name], aurocs[name] = _out_of_distribution_kind(
+            name, made, preferences, sides[0::2], function, fits, objective, confidence
+        )
+    several, single = margins.members > 1, uncertainties(sides)
     return Diagnosis(
         pairs=len(margins),
         members=margins.members,
@@ -200,11 +244,14 @@ def diagnose(
         ),
         ece=metrics["ece"],
         brier=metrics["brier"],
+        metrics=metrics,
+        reliability=reliability_bins(known),
         uncertainties={
             name: UncertaintySignal(
                 error_correlation=measured_spearman(uncertainty, (-known).sigmoid(), confidence),
                 wrong_correlation=measured_spearman(uncertainty, 1 - _right(known), confidence),
                 auroc={kind: found[name] for kind, found in aurocs.items() if name in found},
+                quantiles=quantiles(single[name], QUANTILE_LEVELS),
             )
             for name, uncertainty in uncertainties(margins).items()
         },
@@ -245,7 +292,7 @@ def diagnosis_table(diagnoses: Mapping[str, Diagnosis]) -> DiagnosisTable:
         signals: Mapping[str, UncertaintySignal | None] = diagnosis.uncertainties or {"": None}
         for uncertainty, signal in signals.items():
             cells = [*_reward_cells(diagnosis), *_signal_cells(signal, kinds)]
-            rows.append([name, _LABELS.get(uncertainty), *cells])
+            rows.append([name, LABELS.get(uncertainty), *cells])
     return DiagnosisTable(columns, rows)
 
 
@@ -278,6 +325,31 @@ def uncertainties(posterior: RewardPosterior) -> dict[str, Float[Tensor, " batch
         found["own"] = posterior.stds.mean(dim=1)
     if len(found) == 2:
         found["total"] = posterior.total_variance.sqrt()
+    return found
+
+
+def reliability_bins(margins: Float[Tensor, " pair"], *, bins: int = 15) -> list[ReliabilityBin]:
+    """How often the higher reward is the chosen one, by the probability `sigmoid(|margin|)` of it.
+
+    What the `ece` of `evaluate_preferences` is the mean gap of. As the probability is at least a
+    half, the lower bins are empty.
+    """
+    curve = reliability_curve(margins.abs().sigmoid(), _right(margins), bins=bins)
+    columns = (curve.centres, curve.confidence, curve.frequency, curve.count)
+    return [
+        ReliabilityBin(
+            centre=centre,
+            confidence=confidence if count else None,
+            frequency=frequency if count else None,
+            count=count,
+        )
+        for centre, confidence, frequency, count in zip(*(c.tolist() for c in columns), strict=True)
+    ]
+
+
+def quantiles(values: Float[Tensor, " batch"], levels: Sequence[float]) -> list[float]:
+    """The values below which these shares lie, interpolated between neighbours."""
+    found: list[float] = values.quantile(torch.tensor(levels, dtype=values.dtype)).tolist()
     return found
 
 
@@ -396,206 +468,44 @@ def nominal_member(sides: RewardPosterior, confidence: float = 0.95) -> NominalM
     )
 
 
-# --- Verdicts -----------------------------------------------------------------------------------
-
-
-def single_member_verdict(members: int, *, has_own_std: bool) -> str:
-    """Whether there is an uncertainty between members at all; "" with two members or more."""
-    if members > 1:
-        return ""
-    kept = "only its own std is left" if has_own_std else "there is no uncertainty at all"
-    return (
-        f"There is one member alone, so nothing can be said between members and {kept}: train "
-        "several members, or give several reward models, before using a robust objective."
-    )
-
-
-def identical_members_verdict(correlation: float | None, spread: float | None) -> str:
-    """Whether members differ: `IDENTICAL_CORRELATION` and `IDENTICAL_SPREAD`.
-
-    Members of unit variance with correlation r have a variance of 1 - r between them, so .99 and a
-    spread of .1 are one threshold in two forms: disagreement that is a tenth of the reward can turn
-    only pairs whose margin is a tenth of the usual one, about 1 in 12 if margins are normal.
-    Correlation alone finds members that differ in scale, spread those that differ in an offset for
-    each prompt.
-    """
-    if correlation is None or spread is None:
-        return (
-            "Fewer than two members vary, or every margin is 0, so members cannot be compared: "
-            "look at the rewards themselves first."
-        )
-    seen = (
-        f"the members correlate at {correlation:.2f} and the spread between them is {spread:.2f} "
-        "of the reward's own"
-    )
-    if correlation >= IDENTICAL_CORRELATION or spread <= IDENTICAL_SPREAD:
-        return (
-            f"Members are nearly identical: {seen}, so that every objective over members is that "
-            "of one of them; train them on different subsets, seeds or orders of the data."
-        )
-    return (
-        f"Members differ: {seen}, so that objectives over members have something to go by; the "
-        "verdicts on the std between members say what it is worth."
-    )
-
-
-def collapsed_std_verdict(ratio: float | None, at_floor: float) -> str:
-    """Whether the members' own stds vary: `COLLAPSED_RATIO` and `COLLAPSED_SHARE`.
-
-    A std that moves by less than a tenth between a model's surest and least sure tenths takes the
-    same off every reward, so that no order changes. More than half of the stds at the smallest is
-    a head that sits on its floor, where the mean-squared-error and Bradley-Terry losses of drawn
-    rewards drive it. A ratio of None is infinite.
-    """
-    seen = f"90 % to 10 % ratio {'infinite' if ratio is None else f'{ratio:.2f}'}, "
-    seen += f"{at_floor:.0%} at the smallest"
-    if (ratio is not None and ratio <= COLLAPSED_RATIO) or at_floor > COLLAPSED_SHARE:
-        return (
-            f"The members' own stds have collapsed to a constant ({seen}), so a penalty on them "
-            "takes the same off every completion of the data and the nominal member is chosen by "
-            "scale or noise; train with a loss that can learn a std (a Gaussian likelihood, the "
-            "marginal Bradley-Terry loss)."
-        )
-    return (
-        f"The members' own stds vary ({seen}), so they have not collapsed; whether they vary in "
-        "the right places is for the verdicts on error and on out-of-distribution text."
-    )
-
-
-def error_verdict(name: str, error: Measured | None, wrong: Measured | None) -> str:
-    """Whether an uncertainty is related to error: an interval of a rank correlation above 0.
-
-    Above 0 in either is a signal, as each misses what the other sees (see `diagnose`). Neither
-    above 0 is none: an interval that covers 0 cannot be told from an uncertainty drawn at random.
-    """
-    label = _LABELS[name]
-    if error is None:
-        return (
-            f"The {label} or the error is the same for all pairs, so the one says nothing of the "
-            "other; no objective can make use of it."
-        )
-    seen = f"rank correlation {_shown(error)}"
-    if wrong is not None:
-        seen += f", with a wrong order {_shown(wrong)}"
-    present = [measured for measured in (error, wrong) if measured is not None]
-    if any(measured.low > 0 for measured in present):
-        return (
-            f"The {label} is larger where the reward errs ({seen}), so it knows something of its "
-            "errors; an objective that takes it off the reward has a reason to."
-        )
-    if any(measured.high < 0 for measured in present):
-        return (
-            f"The {label} is smaller where the reward errs ({seen}), so it misleads; do not take "
-            "it off the reward, and look for members that agree on the same mistake."
-        )
-    return (
-        f"The {label} is unrelated to error ({seen}), so that a penalty on it is noise on these "
-        "data; use the mean, or evaluate on more pairs if the interval is wide."
-    )
-
-
-def out_of_distribution_verdict(name: str, auroc: Mapping[str, Measured]) -> str:
-    """On which kinds an uncertainty rises: interval above 1/2 and `USEFUL_AUROC`; "" without any.
-
-    At .5 a coin does as well. Below .6 fewer than three in five out-of-distribution completions are
-    more uncertain than one of the data, even if many pairs make that certain: too few for a penalty
-    to hold a policy that picks the others.
-    """
-    if not auroc:
-        return ""
-    label = _LABELS[name]
-    risen = {kind: a for kind, a in auroc.items() if a.low > 0.5 and a.value >= USEFUL_AUROC}
-    rest = {kind: a for kind, a in auroc.items() if kind not in risen}
-    if not rest:
-        return (
-            f"The {label} rises on every kind of out-of-distribution text (AUROC {_listed(risen)}),"
-            " so that a penalty on it can hold a policy back there; use an objective that has one."
-        )
-    if not risen:
-        return (
-            f"The {label} is no better than chance, or hardly, on out-of-distribution text (AUROC "
-            f"{_listed(rest)}), so that a penalty on it will not hold a policy back; keep the KL "
-            "penalty, and refresh the reward on what the policy writes."
-        )
-    return (
-        f"The {label} rises on some out-of-distribution text (AUROC {_listed(risen)}) but is no "
-        f"better than chance, or hardly, on other ({_listed(rest)}), so that a policy can move "
-        "there unpunished; watch its samples for that kind."
-    )
-
-
-def nominal_verdict(largest_share: float, entropy: float, gain: Measured) -> str:
-    """Whether the lowest std picks the better member: `DOMINANT_SHARE`, and the gain's interval.
-
-    With one member nominal for nine in ten completions there is hardly a choice to judge. A gain
-    whose interval covers 0 is that of a member drawn at random for each completion, whatever the
-    entropy: stds that differ by noise alone give that, with an entropy near 1.
-    """
-    seen = f"accuracy {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] against a random member"
-    if largest_share >= DOMINANT_SHARE:
-        return (
-            f"One member is nominal for {largest_share:.0%} of the completions ({seen}), so that "
-            "the nominal reward is that of this member; compare the members' own stds by scale."
-        )
-    seen += f", entropy {entropy:.2f}"
-    if gain.low > 0:
-        return (
-            f"The member with the lowest std is the better one to ask ({seen}), so the nominal "
-            "reward carries information; compare it with the mean all the same."
-        )
-    if gain.high < 0:
-        return (
-            f"The member with the lowest std is the worse one to ask ({seen}), so that the nominal "
-            "reward misleads; use the mean in its place."
-        )
-    return (
-        f"The nominal member is chosen as if at random ({seen}), so that the nominal reward is "
-        "that of one random member; use the mean, or weight the worst case more."
-    )
-
-
 # --- Helpers ------------------------------------------------------------------------------------
 
 
 def _out_of_distribution_kind(
     name: str,
-    source: OutOfDistribution,
-    function: PosteriorFunction,
+    made: Sequence[Completion | None],
     preferences: Sequence[PreferenceRow],
     chosen: RewardPosterior,
+    function: PosteriorFunction,
+    fits: Fits,
     objective: Objective,
     confidence: float,
-    seed: int,
 ) -> tuple[OutOfDistributionKind, dict[str, Measured]]:
     """The kind's counts, and the AUROC of each uncertainty over the rows that it changes."""
-    made = completions_of(
-        source,
-        [row.prompt for row in preferences],
-        [row.chosen for row in preferences],
-        seed=seed,
-        name=f"out_of_distribution[{name!r}]",
-    )
-    ordered = [
-        (row, new) for row, new in zip(preferences, made, strict=True) if not row.extra.get("tie")
-    ]
-    kept = [i for i, (row, new) in enumerate(ordered) if canonical(new) != canonical(row.chosen)]
+    pairs = zip(preferences, made, strict=True)
+    ordered = [(row, new) for row, new in pairs if not row.extra.get("tie")]
+    given = [(i, row, new) for i, (row, new) in enumerate(ordered) if new is not None]
+    changed = [found for found in given if canonical(found[2]) != canonical(found[1].chosen)]
+    kept = [found for found in changed if fits(found[1].prompt, found[2])]
+    counts = {
+        "completions": len(kept),
+        "unchanged": len(given) - len(changed),
+        "overlong": len(changed) - len(kept),
+        "missing": len(ordered) - len(given),
+    }
     if not kept:
-        return OutOfDistributionKind(completions=0, unchanged=len(ordered), preferred=None), {}
-    posterior = function([ordered[i][0].prompt for i in kept], [ordered[i][1] for i in kept])
+        return OutOfDistributionKind(**counts, preferred=None), {}
+    posterior = function([row.prompt for _, row, _ in kept], [new for _, _, new in kept])
     if not bool(posterior.means.isfinite().all()):
         raise ValueError(
             f"some rewards of out_of_distribution[{name!r}] are missing, NaN or infinite; mend the "
             "reward, or leave this kind out."
         )
-    outside, inside = _in_float64(posterior), chosen[torch.tensor(kept)]
+    outside, inside = _in_float64(posterior), chosen[torch.tensor([i for i, _, _ in kept])]
     higher = apply_objective(objective, outside) - apply_objective(objective, inside)
-    known, new = uncertainties(inside), uncertainties(outside)
-    counted = OutOfDistributionKind(
-        completions=len(kept),
-        unchanged=len(ordered) - len(kept),
-        preferred=float(_right(higher).mean()),
-    )
-    return counted, {key: paired_auroc(known[key], new[key], confidence) for key in known}
+    known, found = uncertainties(inside), uncertainties(outside)
+    kind = OutOfDistributionKind(**counts, preferred=float(_right(higher).mean()))
+    return kind, {key: paired_auroc(known[key], found[key], confidence) for key in known}
 
 
 def _in_float64(posterior: RewardPosterior) -> RewardPosterior:
@@ -618,14 +528,6 @@ def _share_below(
     left = torch.searchsorted(ordered, values, right=False)
     right = torch.searchsorted(ordered, values, right=True)
     return (left + right).double() / (2 * others.numel())
-
-
-def _shown(measured: Measured) -> str:
-    return f"{measured.value:.2f} [{measured.low:.2f}, {measured.high:.2f}]"
-
-
-def _listed(aurocs: Mapping[str, Measured]) -> str:
-    return ", ".join(f"{kind} {auroc.value:.2f}" for kind, auroc in aurocs.items())
 
 
 def _reward_cells(diagnosis: Diagnosis) -> list[float | int | None]:

@@ -6,21 +6,24 @@ calls) stays. What it makes of a completion hangs on the seed, the prompt and th
 so the order of the rows does not matter; only `mismatched` looks at the others.
 
 None of this is what a policy writes once it has learned to please a reward: where there are
-answers of such a policy, give those too (see `completions_of`).
+answers of such a policy, give those too (see `answers_beside`).
 """
 
 import functools
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from trueward.data.formats import Completion, Prompt, prompt_key
-from trueward.data.rows import canonical
+from trueward.data.formats import Completion, Prompt, prompt_key, text_of
+from trueward.data.rows import as_turn, canonical
+from trueward.data.sources import DataError, json_type, read_jsonl
 
 Maker = Callable[..., Sequence[Completion]]  # (prompts, completions, *, seed) -> completions
-OutOfDistribution = Maker | Sequence[Completion]
+OutOfDistribution = Maker | Sequence[Completion | None]
 Change = Callable[[str, random.Random], str]
 
 LONGEST_REPEATED_PART = 16  # words: from one word over and over to a sentence over and over
@@ -104,12 +107,13 @@ def completions_of(
     *,
     seed: int,
     name: str = "out_of_distribution",
-) -> list[Completion]:
+) -> list[Completion | None]:
     """Return what a maker makes, or the given completions as they are, one for each prompt.
 
     Args:
         source: A function `(prompts, completions, *, seed)`, or the completions themselves:
-            another policy's answers to the same prompts, or answers in another language.
+            another policy's answers to the same prompts, or answers in another language; None
+            where there is none for a prompt.
         prompts: What is answered.
         completions: The answers in the data.
         seed: For the maker.
@@ -126,6 +130,127 @@ def completions_of(
             f"{name} must give one completion for each of {len(prompts)} prompts, got {len(made)}."
         )
     return list(made)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What makers made, and in words why others could not."""
+
+    completions: Mapping[str, Sequence[Completion]]  # by the maker's name, one for each prompt
+    left_out: Mapping[str, str]
+
+
+def made_completions(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    makers: Mapping[str, Maker] = OUT_OF_DISTRIBUTION,
+    *,
+    seed: int,
+) -> Made:
+    """Run all makers, and leave out those that these rows are too few or too alike for."""
+    made, left_out = {}, {}
+    for name, maker in makers.items():
+        try:
+            made[name] = maker(prompts, completions, seed=seed)
+        except ValueError as error:
+            left_out[name] = str(error)
+    return Made(completions=made, left_out=left_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersBeside:
+    """Completions from elsewhere, put beside the prompts of the data."""
+
+    completions: Sequence[Completion | None]  # one for each prompt; None: there is none for it
+    other_prompts: bool  # no prompt is common to both, so that they answer other prompts
+    unused: int  # completions that stand beside no prompt
+
+
+def answers_beside(
+    prompts: Sequence[Prompt],
+    answered: Sequence[Prompt],
+    answers: Sequence[Completion],
+    *,
+    seed: int,
+) -> AnswersBeside:
+    """Put another policy's answers, or those of another language, beside the prompts of the data.
+
+    A prompt has the answer to it; where it has several, they go round over the rows of that prompt,
+    the first one first. Prompts without an answer have None. If no prompt is common to both, the
+    answers are dealt out to the prompts in random order, each at most once: what they answer is
+    then wrong too, as with `mismatched`. They take the form of the prompt, string or messages.
+
+    Args:
+        prompts: Of the data, one for each row.
+        answered: One for each answer.
+        answers: The completions.
+        seed: Of the dealing.
+    """
+    _require_one_for_each(answered, answers)
+    by_prompt: dict[str, list[Completion]] = {}
+    for prompt, answer in zip(answered, answers, strict=True):
+        by_prompt.setdefault(prompt_key(prompt), []).append(answer)
+    beside: list[Completion | None] = []
+    seen: Counter[str] = Counter()
+    for prompt in prompts:
+        key = prompt_key(prompt)
+        own = by_prompt.get(key, [])
+        beside.append(_in_form_of(prompt, own[seen[key] % len(own)]) if own else None)
+        seen[key] += 1
+    if any(answer is not None for answer in beside):
+        used = sum(min(count, len(by_prompt.get(key, []))) for key, count in seen.items())
+        return AnswersBeside(completions=beside, other_prompts=False, unused=len(answers) - used)
+    rng = _random(seed, "dealt")
+    places, dealt = list(range(len(prompts))), list(answers)
+    rng.shuffle(places)
+    rng.shuffle(dealt)
+    for place, answer in zip(places, dealt, strict=False):
+        beside[place] = _in_form_of(prompts[place], answer)
+    return AnswersBeside(
+        completions=beside, other_prompts=True, unused=max(0, len(answers) - len(prompts))
+    )
+
+
+def read_answers(source: str | Path) -> tuple[list[Prompt], list[Completion]]:
+    """Read prompts and the answers to them from JSONL rows with `prompt` and `completion(s)`.
+
+    A row with several `completions` gives its prompt as often as it has them.
+
+    Raises:
+        DataError: A row lacks one of them, or holds neither text nor messages; or there are none.
+    """
+    prompts: list[Prompt] = []
+    answers: list[Completion] = []
+    for line, row in read_jsonl(source):
+        one = [row["completion"]] if "completion" in row else None
+        some = row.get("completions", one)
+        if "prompt" not in row or not isinstance(some, list):
+            raise DataError(
+                f"{source}:{line} needs 'prompt' and 'completion' (or a list of 'completions'), "
+                f"has {', '.join(row) or 'nothing'}."
+            )
+        for value in (row["prompt"], *some):
+            if not _is_text_or_messages(value):
+                raise DataError(
+                    f"{source}:{line}: prompt and completion must each be a string or a list of "
+                    f"messages, got {json_type(value)}."
+                )
+        prompts += [row["prompt"]] * len(some)
+        answers += some
+    if not answers:
+        raise DataError(f"{source} holds no completions: give rows with prompt and completion.")
+    return prompts, answers
+
+
+def _is_text_or_messages(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(message, dict) for message in value)
+    return isinstance(value, str)
+
+
+def _in_form_of(prompt: Prompt, completion: Completion) -> Completion:
+    """The completion as text to a string, as messages to messages: a model reads no other pair."""
+    return text_of(completion) if isinstance(prompt, str) else as_turn(completion, "assistant")
 
 
 def _shuffled(text: str, rng: random.Random) -> str:

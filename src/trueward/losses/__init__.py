@@ -1,5 +1,7 @@
 """Pure functions from tensors to one value per example, one per equation."""
 
+from trueward.losses.diversity import nuclear_norm_diversity
+from trueward.losses.energy import nce_candidates, nce_loss, noise_draws, noise_log_density
 from trueward.losses.information import (
     gaussian_symmetric_kl,
     gaussian_symmetric_kl_sample,
@@ -14,6 +16,7 @@ from trueward.losses.policy import (
     masked_mean,
     masked_whiten,
     ppo_clip_loss,
+    squared_kl_loss,
     terminal_rewards,
     value_clip_loss,
 )
@@ -48,8 +51,14 @@ __all__ = [
     "masked_mean",
     "masked_whiten",
     "mse_reparam_loss",
+    "nce_candidates",
+    "nce_loss",
+    "noise_draws",
+    "noise_log_density",
+    "nuclear_norm_diversity",
     "ppo_clip_loss",
     "preference_probability",
+    "squared_kl_loss",
     "terminal_rewards",
     "value_clip_loss",
 ]

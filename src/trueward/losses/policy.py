@@ -51,6 +51,30 @@ def kl_estimate(
     raise ValueError(f'estimator must be "k1", "k2" or "k3", got {estimator!r}.')
 
 
+def squared_kl_loss(
+    logprobs: Float[Tensor, "*tokens"],
+    ref_logprobs: Float[Tensor, "*tokens"],
+) -> Float[Tensor, "*tokens"]:
+    """KL to the reference as a loss, to differentiate: `l^2`, `l = logprobs - ref_logprobs`.
+
+    Zhai et al. 2024, UP-RLHF, Eq. 15 (https://arxiv.org/abs/2401.00243), here token by token. It is
+    twice k2, so k2 has half its gradient, `2 l grad log pi`; over the policy's own samples that is
+    on average twice the gradient of each token's `KL(policy || ref)`, the text before it held
+    fixed.
+
+    A k1 in the reward is another thing. There the price of a token is also paid by the tokens
+    before it, which led to it, and it passes through baselines, whitening and clipping with the
+    reward; here a token pays for itself alone, at full strength whatever its advantage is. And k1
+    as a loss would do nothing: its gradient, `grad log pi`, is zero on average.
+
+    Args:
+        logprobs: Of the sampled tokens under the policy that is being trained.
+        ref_logprobs: Of the same tokens under the reference policy, a constant.
+    """
+    require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    return (logprobs - ref_logprobs).square()
+
+
 def ppo_clip_loss(
     logprobs: Float[Tensor, "*tokens"],
     old_logprobs: Float[Tensor, "*tokens"],

@@ -2,11 +2,19 @@
 
 from collections.abc import Callable
 
+from trueward.models.attribute_heads import AttributeHeads
+from trueward.models.energy import EnergyHead
 from trueward.models.heads import GaussianHeads, Head, ScalarHead
+from trueward.models.laplace import LaplaceHead
+from trueward.models.lora_ensemble import MemberHeads
 
 KINDS: dict[str, Callable[..., Head]] = {
     "scalar": ScalarHead,
     "gaussian": GaussianHeads,
+    "attributes": AttributeHeads,
+    "energy": EnergyHead,
+    "laplace": LaplaceHead,
+    "member": MemberHeads,
 }
 
 

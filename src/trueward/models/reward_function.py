@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trueward.data.formats import Completion, DataError, Prompt
+from trueward.data.formats import Completion, DataError, PreferenceRow, Prompt
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
 
@@ -45,6 +45,23 @@ def load_reward_models(*names: str | Path) -> list[RewardModel]:
             raise DataError(f"{listing} names no members: train the ensemble again.")
         models += [RewardModel.from_pretrained(Path(name) / member) for member in members]
     return models
+
+
+def fits_context(reward: Reward) -> Callable[[Prompt, Completion], bool]:
+    """Return what tells whether a completion fits the context of every model behind a reward.
+
+    A plain function has no context that could be known: everything fits.
+    """
+    models = [reward] if isinstance(reward, RewardModel) else reward
+    if not isinstance(models, Sequence):
+        return lambda prompt, completion: True
+    return lambda prompt, completion: all(m.fits(prompt, completion) for m in models)
+
+
+def fitting_rows(reward: Reward, rows: Sequence[PreferenceRow]) -> list[PreferenceRow]:
+    """Return the rows whose two sides fit the context of every model behind a reward."""
+    fits = fits_context(reward)
+    return [r for r in rows if fits(r.prompt, r.chosen) and fits(r.prompt, r.rejected)]
 
 
 def posterior_function(reward: Reward) -> PosteriorFunction:

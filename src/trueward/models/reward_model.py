@@ -3,7 +3,7 @@
 On disk it is an ordinary Hugging Face folder. A scalar model is saved as the backbone's
 `...ForSequenceClassification` class with one label, so other programs read the same scores. A
 model with Gaussian heads keeps them in the same `model.safetensors`, under `head.*`, described in
-`config.json` under `trueward`.
+`config.json` under `trueward`; the adapters of a LoRA ensemble stand there too, under `lora.*`.
 """
 
 import json
@@ -56,11 +56,10 @@ from trueward.models.backbone import (
 from trueward.models.card import reward_model_card
 from trueward.models.head_kinds import make_head
 from trueward.models.heads import GaussianHeads, Head, ScalarHead
+from trueward.models.lora_ensemble import LoRAEnsemble, MemberHeads, backbone_layers, layer_count
 from trueward.posterior import RewardPosterior
 
 logger = logging.getLogger(__name__)
-
-StateKey = tuple[tuple[int, ...], tuple[int, ...]]  # a completion's prompt ids and its own
 
 
 class OverlongError(DataError):
@@ -73,8 +72,9 @@ class RewardModel(nn.Module):
     Args:
         backbone: Any transformers model without a head; or, with `head=None`, a published
             one-label classifier that keeps the head it came with (encoders such as DeBERTa).
-        head: `ScalarHead`, `GaussianHeads` or None.
+        head: `ScalarHead`, `GaussianHeads` or None; `MemberHeads` beside `lora`.
         tokenizer: The backbone's; pad and EOS are made distinct.
+        lora: Adapters of several members, which freeze the backbone; see `lora_ensemble`.
         reward_mean: Per member, its mean on reference samples; with `reward_std` the scale on
             which members are compared. Identity until `set_normalisation`.
         reward_std: Per member, its standard deviation on the same samples.
@@ -87,13 +87,20 @@ class RewardModel(nn.Module):
         head: Head | None,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        lora: LoRAEnsemble | None = None,
         reward_mean: Float[Tensor, " member"] | None = None,
         reward_std: Float[Tensor, " member"] | None = None,
         max_length: int | None = None,
     ) -> None:
         super().__init__()
+        if (lora.members if lora is not None else 0) != (
+            head.members if isinstance(head, MemberHeads) else 0
+        ):
+            raise ValueError("A LoRA ensemble and MemberHeads go together, with as many members.")
+        if lora is not None:
+            backbone.requires_grad_(False)
         self.backbone = backbone
-        self.known_states: dict[StateKey, Tensor] | None = None  # see freeze_backbone
+        self.lora = lora
         self.head = head
         self.tokenizer = tokenizer
         members = head.members if head is not None else 1
@@ -114,6 +121,8 @@ class RewardModel(nn.Module):
         members: int = 0,
         head_dropout: float = 0.0,
         lora_rank: int = 0,
+        lora_members: int = 0,
+        lora_layers: float = 0.25,
         max_length: int | None = None,
         seed: int = 0,
     ) -> "RewardModel":
@@ -125,6 +134,10 @@ class RewardModel(nn.Module):
             members: 0 for one scalar reward, K >= 1 for K Gaussian heads.
             head_dropout: Dropout before the Gaussian heads; the backbone has none.
             lora_rank: 0 trains the whole backbone; above, low-rank adapters on its linear layers.
+            lora_members: Above 0, that many members of an ensemble, each with adapters and a
+                scalar head of its own, on one frozen backbone (see `lora_ensemble`).
+            lora_layers: Which layers have the members' adapters, counted from the top: a share up
+                to 1 (all), a count above. Below them a batch is computed once for all members.
             max_length: Longest sequence in tokens; None for the backbone's own limit.
             seed: Set before the head is made, so that the head depends on it alone.
         """
@@ -143,6 +156,12 @@ class RewardModel(nn.Module):
         if members < 0:
             raise ValueError(f"members must be 0 (scalar) or at least 1, got {members}.")
         assert not isinstance(backbone, str | Path)
+        if lora_members and (members or lora_members < 1 or lora_rank < 1):
+            raise ValueError(
+                "lora_members needs lora_rank of at least 1, such as 8, and members=0, because "
+                f"each has a scalar head; got lora_members={lora_members}, "
+                f"lora_rank={lora_rank}, members={members}."
+            )
         if head_dropout and not members:
             raise ValueError("head_dropout is for Gaussian heads: a scalar head has none.")
         torch.manual_seed(seed)  # before anything random: new embedding rows, head, adapters
@@ -151,6 +170,16 @@ class RewardModel(nn.Module):
         disable_dropout(backbone)
         torch.manual_seed(seed)
         width = backbone.config.get_text_config().hidden_size
+        if lora_members:
+            lora = LoRAEnsemble(
+                backbone,
+                members=lora_members,
+                rank=lora_rank,
+                layers=layer_count(lora_layers, backbone_layers(backbone)),
+                seed=seed,
+            )
+            heads = MemberHeads(width, lora_members)
+            return cls(backbone, heads, tokenizer, lora=lora, max_length=max_length)
         head: Head = (
             GaussianHeads(width, members, dropout=head_dropout) if members else ScalarHead(width)
         )
@@ -161,8 +190,9 @@ class RewardModel(nn.Module):
 
     def add_lora(self, rank: int, *, alpha: int | None = None, seed: int = 0) -> None:
         """Freeze the backbone and train low-rank adapters on its linear layers (and the head)."""
+        if self.lora is not None:
+            raise ValueError("A LoRA ensemble has its members' adapters and takes no others.")
         self.backbone = add_adapters(self.backbone, rank=rank, alpha=alpha, seed=seed)
-        self.known_states = None  # they were the bare backbone's
 
     @property
     def device(self) -> torch.device:
@@ -180,44 +210,24 @@ class RewardModel(nn.Module):
         return self.head is not None and self.head.has_stds
 
     @property
+    def copies(self) -> int:
+        """Rows that a row of a batch becomes: budgets of tokens computed at once are so divided."""
+        return self.lora.members if self.lora is not None else 1
+
+    @property
     def shares_prefixes(self) -> bool:
         """Whether completions of one prompt can travel as one packed row, and be read apart."""
         return self.head is not None and can_share_prefixes(self.backbone)
 
-    def freeze_backbone(self, *, remember: bool = True) -> "RewardModel":
-        """Stop training the backbone and, with `remember`, keep every completion's state.
-
-        Heads on a frozen backbone then cost one pass over the data in all, however many there are
-        and however often they are trained: `hidden` looks up what it has seen. Memory is
-        `4 * hidden` bytes for each distinct (prompt, completion).
-        """
-        self.backbone.requires_grad_(False)
-        self.known_states = {} if remember else None
-        return self
-
-    def with_head(self, head: Head) -> "RewardModel":
-        """Return a model with another head on this very backbone: shared, not copied.
-
-        Whatever `freeze_backbone` remembers is shared too.
-        """
-        model = RewardModel(self.backbone, head, self.tokenizer, max_length=self.max_length)
-        model.known_states = self.known_states
-        model.facts = {k: v for k, v in self.facts.items() if k == "base"}
-        return model.to(self.device)
-
     def hidden(self, batch: PackedBatch) -> Float[Tensor, "completion *member hidden"]:
         """Return the last layer's state at the last real token of each completion."""
-        if self.known_states is None:
-            return self._computed(batch)
-        keys = batch.keys()
-        if any(key not in self.known_states for key in keys):
-            with torch.no_grad():
-                states = self._computed(batch).float().cpu()
-            for key, state in zip(keys, states, strict=True):
-                self.known_states.setdefault(key, state.clone())
-        return torch.stack([self.known_states[key] for key in keys]).to(self.device)
-
-    def _computed(self, batch: PackedBatch) -> Float[Tensor, "completion *member hidden"]:
+        if self.lora is not None:
+            assert isinstance(self.backbone, PreTrainedModel)
+            parts = [
+                self.lora.hidden_states(self.backbone, part)[:, part.rows, part.last]
+                for part in self.lora.parts(batch)
+            ]
+            return torch.cat(parts, 1).transpose(0, 1)
         return hidden_states(self.backbone, batch)[batch.rows, batch.last]
 
     def forward(self, batch: PackedBatch) -> RewardPosterior:
@@ -274,7 +284,7 @@ class RewardModel(nn.Module):
             prompts: One for each completion: strings or lists of messages.
             completions: Strings or lists of messages.
             batch_size: Completions a batch at most; None leaves it to `max_tokens`.
-            max_tokens: Padded tokens a batch.
+            max_tokens: Padded tokens a batch, those of all members of a LoRA ensemble together.
             normalise: Standardise each member by the saved statistics. None: yes for a model of
                 several members (a minimum or variance over unequal scales means nothing), no for
                 a scalar one, whose raw logit is what other programs read.
@@ -317,7 +327,8 @@ class RewardModel(nn.Module):
         means = torch.zeros(len(tokens), self.members)
         stds = torch.zeros_like(means) if self.has_stds else None
         bar = tqdm(total=len(tokens), desc="score", unit="row", disable=_hidden(progress))
-        for batch in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=share):
+        budget = max(1, max_tokens // self.copies)
+        for batch in token_budget_batches(groups, max_tokens=budget, shared_prefix=share):
             for some in _at_most(batch, members, batch_size):
                 packed = make_batch(
                     self.backbone,
@@ -344,14 +355,18 @@ class RewardModel(nn.Module):
         """Measure each member's mean and std on reference samples and keep them with the model.
 
         Bradley-Terry leaves every member a free constant and scale; a minimum or a variance over
-        members is meaningless until they share one. Use the reference policy's samples.
+        members is meaningless until they share one. Use the reference policy's samples; those
+        that do not fit the context are left out.
         """
-        if len(prompts) < 2:
+        fitting = [i for i, p in enumerate(prompts) if self.fits(p, completions[i])]
+        if len(fitting) < 2:
             raise DataError(
-                f"A scale needs at least two reference samples, got {len(prompts)}: give the "
-                "reference policy's completions of some hundred prompts."
+                f"A scale needs at least two reference samples that fit, got {len(fitting)} of "
+                f"{len(prompts)}: give the reference policy's completions of some hundred prompts."
             )
-        means = self.score(prompts, completions, normalise=False).means
+        means = self.score(
+            [prompts[i] for i in fitting], [completions[i] for i in fitting], normalise=False
+        ).means
         self.reward_mean = means.mean(0).to(self.device)
         self.reward_std = means.std(0, correction=0).clamp_min(1e-6).to(self.device)
 
@@ -369,6 +384,8 @@ class RewardModel(nn.Module):
             "max_length": self.max_length,
             "facts": self.facts,
         }
+        if self.lora is not None:
+            config.trueward["lora"] = self.lora.describe()
         if isinstance(self.head, ScalarHead) and _publishes_score(config):
             config.num_labels = 1
             with torch.device("meta"):  # an empty shell that names and orders the weights
@@ -380,6 +397,8 @@ class RewardModel(nn.Module):
             config.architectures = ["TruewardRewardModel"]
             weights = backbone.state_dict()
             weights |= {f"head.{k}": v for k, v in self.head.state_dict().items()}
+            if self.lora is not None:
+                weights |= {f"lora.{k}": v for k, v in self.lora.state_dict().items()}
             backbone.save_pretrained(path, state_dict=weights)
             config.save_pretrained(path)
         else:
@@ -412,11 +431,15 @@ class RewardModel(nn.Module):
         ours: dict[str, Any] = getattr(config, "trueward", None) or {}
         statistics = {k: torch.tensor(ours[k]) for k in ("reward_mean", "reward_std") if k in ours}
         head: Head | None
+        lora: LoRAEnsemble | None = None
         if "TruewardRewardModel" in (config.architectures or []):
             backbone, info = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
             _refuse_missing(path, info)
             head = make_head(ours["head"], config.get_text_config().hidden_size)
-            head.load_state_dict(_head_weights(Path(path)))
+            head.load_state_dict(_own_weights(Path(path), "head."))
+            if "lora" in ours:
+                lora = LoRAEnsemble(backbone, **ours["lora"])
+                lora.load_state_dict(_own_weights(Path(path), "lora."))
         else:
             kinds = config.architectures or []
             if kinds and not any("SequenceClassification" in kind for kind in kinds):
@@ -439,7 +462,7 @@ class RewardModel(nn.Module):
                 grow_vocabulary(backbone, len(tokenizer))
         disable_dropout(backbone)
         limit = ours.get("max_length")
-        model = cls(backbone, head, tokenizer, max_length=limit, **statistics)
+        model = cls(backbone, head, tokenizer, lora=lora, max_length=limit, **statistics)
         model.facts = ours.get("facts", {})
         return model.eval().to(device or default_device())
 
@@ -490,8 +513,8 @@ def _refuse_missing(path: str | Path, info: dict[str, Any]) -> None:
         )
 
 
-def _head_weights(path: Path) -> dict[str, Tensor]:
-    """Read `head.*` from the folder's safetensors, sharded or not."""
+def _own_weights(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Read `head.*` or `lora.*` from the folder's safetensors, sharded or not."""
     if not path.is_dir():
         from huggingface_hub import snapshot_download
 
@@ -500,13 +523,13 @@ def _head_weights(path: Path) -> dict[str, Tensor]:
     files = {"model.safetensors"}
     if index.exists():
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {file for key, file in weight_map.items() if key.startswith("head.")}
+        files = {file for key, file in weight_map.items() if key.startswith(prefix)}
     weights = {}
     for file in files:
         with safe_open(path / file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (not a dict)
-                if key.startswith("head."):
-                    weights[key.removeprefix("head.")] = tensors.get_tensor(key)
+                if key.startswith(prefix):
+                    weights[key.removeprefix(prefix)] = tensors.get_tensor(key)
     return weights
 
 

@@ -5,14 +5,13 @@ Ramé et al. 2024, "WARM: On the Benefits of Weight Averaged Reward Models"
 fine-tune members from that one start, each with its own rate, dropout and order of the data
 (`diverse_members`, `start_member`, `train.reward.train_reward`), keep those that are best on
 shifted data (`select_best`), make sure that they are linearly connected
-(`linear_mode_connectivity`), and average (`average_weights`).
+(`models.mode_connectivity`), and average (`average_weights`).
 """
 
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +40,15 @@ _BOOKKEEPING = {
 }
 
 
+# Kinds of heads whose parts have no mean entry by entry, and what to do in its place.
+_NOT_AVERAGED = {
+    "laplace": "A Laplace posterior belongs to the states that it was fitted on: average the "
+    "single heads below it, and fit it again on their average.",
+    "member": "A low-rank ensemble has no mean of its factors that adds the mean of what they "
+    "add: average single heads, or make averages the members of an ensemble.",
+}
+
+
 # --- the average ---
 
 
@@ -54,7 +62,7 @@ def average_weights(
     Backbone and head alike, summed in float64, one model after the other: with a generator that
     loads them, one is in memory at a time. Low-rank adapters are merged first, because the mean of
     the factors is not the mean of what they add. The models must come from one start with one head;
-    others of the same architecture average to noise, which `linear_mode_connectivity` shows.
+    others of the same architecture average to noise, which `models.mode_connectivity` shows.
 
     The result is an ordinary reward model, as fast as one and with as many members as each of the
     models has: for scalar models one, so no disagreement is left to be uncertain by (the
@@ -75,12 +83,14 @@ def average_weights(
         facts tell what was averaged, and what was known of each.
 
     Raises:
-        ValueError: No model, or two that differ in architecture, head, tokenizer or dtype.
+        ValueError: No model, one whose head has no mean, or two that differ in architecture, head,
+            tokenizer or dtype.
     """
     average: RewardModel | None = None
     sums: dict[str, Tensor] = {}
     facts: list[dict[str, Any]] = []
     for number, model in enumerate(models, start=1):
+        _require_averageable(model)
         plain = _without_adapters(model)
         facts.append(model.facts)
         if average is None:
@@ -88,6 +98,7 @@ def average_weights(
             sums = {name: _wide(weight) for name, weight in plain.state_dict().items()}
             continue
         _require_alike(average, plain, number)
+        _require_same_frozen(average, plain, number)
         average.max_length = min(average.max_length, model.max_length)
         for name, weight in plain.state_dict().items():
             if weight.is_floating_point():
@@ -107,10 +118,13 @@ def interpolate_weights(model_1: RewardModel, model_2: RewardModel, weight: floa
 
     As `average_weights` in what must agree and what comes back; the statistics are the identity.
     """
-    _require_share("weight", weight)
+    require_share("weight", weight)
+    for model in (model_1, model_2):
+        _require_averageable(model)
     first, second = _without_adapters(model_1), _without_adapters(model_2)
     mixed = _bare_copy(first)
     _require_alike(mixed, second, 2)
+    _require_same_frozen(mixed, second, 2)
     mixed.max_length = min(model_1.max_length, model_2.max_length)
     ends = second.state_dict()
     weights = {name: _wide(value) for name, value in first.state_dict().items()}
@@ -135,6 +149,7 @@ def _without_adapters(model: RewardModel) -> RewardModel:
 def _bare_copy(model: RewardModel) -> RewardModel:
     """Return a copy as if just loaded: trainable, without dropout, statistics and facts."""
     bare = copy.deepcopy(model).requires_grad_(True).eval()
+    bare.backbone.requires_grad_(True)  # its own method, which leaves a frozen encoder frozen
     disable_dropout(bare)
     bare.reward_mean.zero_()
     bare.reward_std.fill_(1.0)
@@ -176,6 +191,23 @@ def _require_alike(first: RewardModel, other: RewardModel, number: int) -> None:
             f"Weights are averaged between models of one architecture, head and tokenizer; model 1 "
             f"and model {number} differ in {difference}. Fine-tune all of them from one start."
         )
+
+
+def _require_averageable(model: RewardModel) -> None:
+    kind = model.head.describe()["kind"] if model.head is not None else None
+    if kind in _NOT_AVERAGED:
+        raise ValueError(_NOT_AVERAGED[str(kind)])
+
+
+def _require_same_frozen(average: RewardModel, other: RewardModel, number: int) -> None:
+    """Refuse another frozen encoder: an average shares it with model 1, whose it would change."""
+    theirs = dict(other.named_parameters())
+    for name, weight in average.named_parameters():
+        if not weight.requires_grad and not torch.equal(weight.cpu(), theirs[name].cpu()):
+            raise ValueError(
+                f"Model 1 and model {number} read the states of different frozen encoders ({name} "
+                "differs): average models on the same one."
+            )
 
 
 def _differences(first: RewardModel, other: RewardModel) -> Iterator[str]:
@@ -392,7 +424,7 @@ def probe_head(
         )
     if l2 <= 0:
         raise ValueError(f"l2 must be above 0, got {l2}.")
-    rows = _usable_rows([reward_model], preferences, report)
+    rows = usable_rows([reward_model], preferences, report)
     states = _states(reward_model, rows)
     chosen, rejected = states[0::2], states[1::2]
     margins = torch.tensor([row.margin or 0.0 for row in rows], dtype=torch.float64)
@@ -466,15 +498,15 @@ def _states(
     )
     # `score` puts the mode back to what it finds, and the backbone is the model's own.
     reader.train(model.training)
-    return reader.score(*_sides(rows), normalise=False).means.double()
+    return reader.score(*sides_of(rows), normalise=False).means.double()
 
 
-def _sides(rows: Sequence[PreferenceRow]) -> tuple[list[Prompt], list[Completion]]:
+def sides_of(rows: Sequence[PreferenceRow]) -> tuple[list[Prompt], list[Completion]]:
     """Return prompts and completions, chosen and rejected in turn, so that both share a prompt."""
     return [r.prompt for r in rows for _ in "cr"], [c for r in rows for c in (r.chosen, r.rejected)]
 
 
-def _usable_rows(
+def usable_rows(
     models: Sequence[RewardModel],
     preferences: Sequence[PreferenceRow],
     report: LoadReport | None = None,
@@ -495,144 +527,7 @@ def _usable_rows(
     return rows
 
 
-# --- linear mode connectivity ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class PathPoint:
-    """One model on the line between two, on the same pairs as they."""
-
-    weight: float  # of the second model
-    accuracy: float  # ties at half
-    line: float  # (1 - weight) accuracy_1 + weight accuracy_2
-    low: float  # of the interval of accuracy - line, paired over the rows
-    high: float
-    loss: float  # Bradley-Terry, nats a pair
-    loss_line: float  # (1 - weight) loss_1 + weight loss_2
-
-    @property
-    def gap(self) -> float:
-        """Accuracy above the line; below it, negative."""
-        return self.accuracy - self.line
-
-    @property
-    def holds(self) -> bool:
-        """Whether Eq. 2 of the paper holds for these pairs: `accuracy >= line`."""
-        return self.gap >= -1e-9  # the two are sums of the same numbers in another order
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearPath:
-    """Accuracy and loss on the straight line between the weights of two models."""
-
-    points: tuple[PathPoint, ...]
-    pairs: int
-    left_out: int  # rows without an order, or with a side beyond the context
-
-    @property
-    def inner(self) -> tuple[PathPoint, ...]:
-        """The points between the two models."""
-        return tuple(point for point in self.points if 0 < point.weight < 1)
-
-    @property
-    def holds(self) -> bool:
-        """Whether no inner point is below the line, as Eq. 2 asks; chance alone can break it."""
-        return all(point.holds for point in self.inner)
-
-    @property
-    def refuted(self) -> bool:
-        """Whether an inner point is below the line by more than chance: its interval is."""
-        return any(point.high < 0 for point in self.inner)
-
-    @property
-    def loss_barrier(self) -> float:
-        """How far the loss rises above its own line between the models; negative if it never does.
-
-        In nats a pair. It sees what the accuracy of easy pairs does not; 0 without inner points.
-        """
-        return max((point.loss - point.loss_line for point in self.inner), default=0.0)
-
-
-def linear_mode_connectivity(
-    model_1: RewardModel,
-    model_2: RewardModel,
-    preferences: Sequence[PreferenceRow],
-    *,
-    weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-    confidence: float = 0.95,
-) -> LinearPath:
-    """Measure whether two models may be averaged: is what lies between them as good as they are?
-
-    `Acc((1-l) phi_1 + l phi_2) >= (1-l) Acc(phi_1) + l Acc(phi_2)`, Eq. 2 of Ramé et al. 2024
-    (https://arxiv.org/abs/2401.12187). All points are read on the same pairs, so the interval is
-    that of the mean of each pair's own difference, which is far narrower than the two accuracies'
-    intervals apart: the normal one, for a hundred independent pairs or more, and for each point by
-    itself. Rewards are raw, the mean over members where there are several.
-
-    Args:
-        model_1: Weight 0.
-        model_2: Weight 1.
-        preferences: Held-out rows.
-        weights: Of the second model, each in [0, 1].
-        confidence: Of the intervals.
-
-    Raises:
-        ValueError: The models cannot be mixed, or a weight lies outside [0, 1].
-        DataError: Fewer than two rows can be used.
-    """
-    for weight in weights:
-        _require_share("weights", weight)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), as 0.95, got {confidence}.")
-    rows = _usable_rows([model_1, model_2], preferences)
-    if len(rows) < 2:
-        raise DataError("An interval over pairs needs at least two preference rows, got one.")
-    ends = [_pair_margins(model, rows) for model in (model_1, model_2)]
-    points = []
-    for weight in weights:
-        if 0 < weight < 1:
-            margins = _pair_margins(interpolate_weights(model_1, model_2, weight), rows)
-        else:
-            margins = ends[int(weight)]
-        line = (1 - weight) * _right(ends[0]) + weight * _right(ends[1])
-        loss_line = (1 - weight) * _losses(ends[0]) + weight * _losses(ends[1])
-        low, high = _interval(_right(margins) - line, confidence)
-        points.append(
-            PathPoint(
-                weight=weight,
-                accuracy=_right(margins).mean().item(),
-                line=line.mean().item(),
-                low=low,
-                high=high,
-                loss=_losses(margins).mean().item(),
-                loss_line=loss_line.mean().item(),
-            )
-        )
-    left_out = len(preferences) - len(rows)
-    return LinearPath(points=tuple(points), pairs=len(rows), left_out=left_out)
-
-
-def _pair_margins(model: RewardModel, rows: Sequence[PreferenceRow]) -> Float[Tensor, " pair"]:
-    rewards = model.score(*_sides(rows), normalise=False).means.double().mean(dim=1)
-    return rewards[0::2] - rewards[1::2]
-
-
-def _right(margins: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    return (1 + margins.sign()) / 2
-
-
-def _losses(margins: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    return bradley_terry_loss(margins, torch.zeros_like(margins))
-
-
-def _interval(values: Float[Tensor, " pair"], confidence: float) -> tuple[float, float]:
-    """Normal interval of a mean: `mean ± z s / sqrt(n)`, s with ddof 1."""
-    mean = values.mean().item()
-    half = NormalDist().inv_cdf((1 + confidence) / 2) * values.std(correction=1).item()
-    half /= math.sqrt(len(values))
-    return mean - half, mean + half
-
-
-def _require_share(name: str, value: float) -> None:
+def require_share(name: str, value: float) -> None:
+    """Raise ValueError for a weight outside of [0, 1]."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}.")

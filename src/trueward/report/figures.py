@@ -17,6 +17,7 @@ from matplotlib.scale import FuncScale
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from trueward.evaluate.calibration import ReliabilityCurve
+from trueward.evaluate.comparison import Estimate
 from trueward.report.numbers import decimal, format_number
 from trueward.report.svg import INK, SERIES_LIGHT, output_settings
 
@@ -299,6 +300,40 @@ def matrix_figure(
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    return figure
+
+
+def dots_figure(
+    estimates: Mapping[str, Estimate], *, title: str, x_label: str, middle: float
+) -> Figure:
+    """A dot with its interval for each name, one below the other, beside a line at `middle`.
+
+    Args:
+        estimates: From the name to its estimate, top to bottom.
+        title: Of the figure.
+        x_label: What x is.
+        middle: Where nothing is gained or said.
+    """
+    if not estimates:
+        raise ValueError("a figure of dots needs at least one estimate, got none.")
+    figure = _figure(width=4.5, height=0.26 * len(estimates) + 0.9)
+    axes = figure.add_subplot()
+    _head(figure, title)
+    _dress(axes, title="", x_label=x_label, y_label="", grid="x")
+    axes.axvline(middle, color=INK, linewidth=0.8, alpha=_QUIET)
+    for place, estimate in enumerate(estimates.values()):
+        half = 0.0 if math.isnan(estimate.half_width) else estimate.half_width
+        axes.errorbar(
+            estimate.mean,
+            place,
+            xerr=half,
+            fmt="o",
+            color=SERIES_LIGHT[0],
+            markersize=4,
+            linewidth=1.2,
+        )
+    axes.set_yticks(range(len(estimates)), [_plain(_wrapped(name, 34)) for name in estimates])
+    axes.set_ylim(len(estimates) - 0.5, -0.5)
     return figure
 
 

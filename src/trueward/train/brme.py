@@ -40,9 +40,10 @@ from trueward.models.backbone import make_batch
 from trueward.models.heads import LOG_STD_MAX, LOG_STD_MIN, GaussianHeads, ScalarHead
 from trueward.models.reward_model import RewardModel, merged
 from trueward.posterior import RewardPosterior
-from trueward.train.loop import Loop, LoopConfig, permutation
+from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
 from trueward.train.reward import (
     Evaluation,
+    Pair,
     batch_metrics,
     encode_pairs,
     member_subsets,
@@ -202,7 +203,9 @@ def train_brme(
             "train_reward on RewardModel.from_backbone(..., members=0)."
         )
     examples = encode_examples(stage1, preferences, config, report)
-    kept, apart = split_by_prompt(examples, fraction=config.held_out, seed=config.seed)
+    # Its own draw: rows split before by the same seed and hash would all fall on one side.
+    split_seed = seed_of(config.seed, "brme", "held_out")
+    kept, apart = split_by_prompt(examples, fraction=config.held_out, seed=split_seed)
     if not kept:
         raise DataError(
             f"All {len(examples)} pairs are held out: lower held_out, or give pairs of more "
@@ -248,9 +251,7 @@ def train_brme(
             metrics |= judged
         loop.log(metrics, show=["loss", "accuracy"])
     model.eval()
-    prompts, completions = reference or own_completions(preferences)
-    fitting = [i for i, p in enumerate(prompts) if model.fits(p, completions[i])]
-    model.set_normalisation([prompts[i] for i in fitting], [completions[i] for i in fitting])
+    model.set_normalisation(*(reference or own_completions(preferences)))
     evaluated = evaluation(model) if evaluation else {}
     model.facts |= {"pairs": len(kept), **evaluated}
     summary: dict[str, float] = {
@@ -273,15 +274,12 @@ def train_brme(
 def with_gaussian_heads(stage1: RewardModel, config: BRMEConfig) -> RewardModel:
     """Return a model with fresh Gaussian heads on a copy of stage 1's backbone.
 
-    A stage 1 that is frozen already and remembers its states (`freeze_backbone`) lends its own.
     Stage 1's adapters, if it has any, are merged first. The heads depend on the seed alone.
     """
     width = stage1.backbone.config.get_text_config().hidden_size
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         head = GaussianHeads(width, config.members, dropout=config.head_dropout)
-    if stage1.known_states is not None and config.freeze_backbone and not config.lora_rank:
-        return stage1.with_head(head)
     backbone = copy.deepcopy(merged(stage1.backbone))
     backbone.requires_grad_(not config.freeze_backbone)
     model = RewardModel(backbone, head, stage1.tokenizer, max_length=stage1.max_length)
@@ -293,7 +291,7 @@ def with_gaussian_heads(stage1: RewardModel, config: BRMEConfig) -> RewardModel:
 
 @torch.no_grad()
 def pair_states(
-    model: RewardModel, examples: Sequence[Example], *, max_tokens: int
+    model: RewardModel, examples: Sequence[Example | Pair], *, max_tokens: int
 ) -> Float[Tensor, "pair side hidden"]:
     """Return the last states of chosen and rejected, in float32 on the CPU."""
     width = model.backbone.config.get_text_config().hidden_size

@@ -2,11 +2,13 @@
 
 Each step draws completions, scores them, pays `score - kl_coef * (log pi - log ref)` (k1, detached,
 unclamped; PPO spreads it over the tokens, RLOO and GRPO take its sum from the score), makes
-advantages and takes clipped policy-gradient steps. All three average the loss over the tokens of a
-minibatch; GRPO as published averages within each completion first and has k3 in the loss.
+advantages and takes clipped policy-gradient steps. With `kl_in="loss"` the score is paid as it is,
+and `kl_coef * (log pi - log ref)^2` stands in the loss. All three average the loss over the tokens
+of a minibatch; GRPO as published averages within each completion first and has k3 in the loss.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +36,7 @@ from trueward.losses.policy import (
     masked_mean,
     masked_whiten,
     ppo_clip_loss,
+    squared_kl_loss,
     terminal_rewards,
     value_clip_loss,
 )
@@ -60,7 +63,10 @@ class PolicyConfig(LoopConfig):
     temperature: float = 1.0  # of the samples; log-probabilities and KL are taken at it too
     top_p: float = 1.0  # below 1 the samples leave the distribution whose ratio is taken: biased
     max_new_tokens: int = 256
-    kl_coef: float = 0.02  # price of a nat of k1, in units of the reward
+    # reward: price of a nat of k1, in units of the reward. loss: factor of the squared log-ratio, a
+    # token's mean (`losses.squared_kl_loss`).
+    kl_coef: float = 0.02
+    kl_in: Literal["reward", "loss"] = "reward"
     inner_epochs: int = 1  # passes over a step's completions
     minibatches: int = 1  # optimiser updates for each pass
     clip_range: float = 0.2
@@ -130,7 +136,10 @@ def train_policy(
             function of (prompts, completions).
         prompts: Strings, lists of messages, or rows that hold them.
         config: Options.
-        objective: Turns the reward's posterior into the number to optimise.
+        objective: Turns the reward's posterior into the number to optimise. A
+            `objectives.RunObjective` is told the run's progress, 0 at the first step and 1 at the
+            last; its buffers stand in checkpoints and its metrics in the log. The run has a copy of
+            its own, so that the one given stays as it was.
         critic: For ppo; None starts it from the reward model where it reads the policy's tokens,
             else from the policy.
         output_dir: Metrics, checkpoints, `model/`; a killed run given the same folder goes on.
@@ -143,6 +152,8 @@ def train_policy(
     texts = [p.prompt if isinstance(p, PromptRow) else p for p in prompts]
     if not texts:
         raise ValueError("Policy optimisation needs prompts, got none.")
+    if isinstance(objective, objectives.RunObjective):
+        objective = copy.deepcopy(objective)
     ref = None if policy.has_adapter else policy.frozen_copy()
     modules: dict[str, torch.nn.Module] = {"policy": policy}
     if config.algorithm == "ppo":
@@ -178,14 +189,15 @@ def train_policy(
         asked = [texts[chosen[s.prompt_index]] for s in drawn]
         answers = [_as_completion(p, s) for p, s in zip(asked, drawn, strict=True)]
         samples, posterior = _gathered(loop, drawn, posterior_of(asked, answers))
-        scores = penalised(objective(posterior).float(), samples, config)
+        rewards, told = _rewards(objective, posterior, loop)
+        scores = penalised(rewards.float(), samples, config)
         if not scores.isfinite().any():
             raise ValueError(f"No completion of step {step} got a finite reward.")
         with loop.accelerator.autocast():
             rollouts = observe(policy, ref, critic, samples, scores, config)
         advantages, returns = advantages_of(rollouts, config)
 
-        metrics = rollout_metrics(rollouts) | objectives.robust_diagnostics(posterior)
+        metrics = rollout_metrics(rollouts) | objectives.robust_diagnostics(posterior) | told
         metrics |= _learn(policy, critic, rollouts, advantages, returns, loop, config, step)
         every = config.evaluate_every
         if evaluation and (step == config.steps or (every and step % every == 0)):
@@ -194,6 +206,26 @@ def train_policy(
     policy.eval()
     loop.finish(metrics, policy.save_pretrained)
     return policy
+
+
+def _rewards(
+    objective: Objective, posterior: RewardPosterior, loop: Loop
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the objective's rewards of this step, and what it wants to have logged.
+
+    What a `RunObjective` remembers is in the loop's state before and after each step, so that a
+    resumed run goes on from its checkpoint.
+    """
+    if not isinstance(objective, objectives.RunObjective):
+        return objective(posterior), {}
+    if loop.state is not None:
+        known = objective.state_dict()
+        objective.load_state_dict(
+            {k: torch.tensor(v, dtype=known[k].dtype) for k, v in loop.state.items()}
+        )
+    rewards = objective(posterior, progress=loop.step / max(1, loop.total_steps - 1))
+    loop.state = {k: v.tolist() for k, v in objective.state_dict().items()}
+    return rewards, objective.metrics()
 
 
 def _learn(
@@ -222,6 +254,8 @@ def _learn(
                 "clip_fraction": 0.0,
                 "kl/update": 0.0,
             }
+            if config.kl_in == "loss":
+                numbers["loss/kl"] = 0.0
             for batch, where in packed_batches(
                 policy, rollouts.samples, loop.share(rows), config.max_batch_tokens
             ):
@@ -233,6 +267,12 @@ def _learn(
                 )
                 mask = batch.mask
                 loss = losses[mask].sum() / tokens
+                numbers["loss/policy"] += loss.item()
+                if config.kl_in == "loss":
+                    ref_logprobs = _rows(rollouts.ref_logprobs, where, batch)
+                    kl_loss = squared_kl_loss(logprobs, ref_logprobs)[mask].sum() / tokens
+                    numbers["loss/kl"] += kl_loss.item()
+                    loss = loss + config.kl_coef * kl_loss
                 if critic is not None:
                     with loop.accelerator.autocast():
                         values = critic(batch)
@@ -244,12 +284,10 @@ def _learn(
                     )
                     value_loss = value_losses[mask].sum() / tokens
                     numbers["loss/value"] += value_loss.item()
-                    loop.backward(loss + config.value_coef * value_loss)
-                else:
-                    loop.backward(loss)
+                    loss = loss + config.value_coef * value_loss
+                loop.backward(loss)
                 ratio = (logprobs.detach() - old)[mask].exp()
                 clipped = (ratio - 1).abs() > config.clip_range
-                numbers["loss/policy"] += loss.item()
                 numbers["clip_fraction"] += clipped.sum().item() / tokens
                 numbers["kl/update"] += (old - logprobs.detach())[mask].sum().item() / tokens
             numbers = {k: sum(loop.gather([v])) for k, v in numbers.items()}
@@ -299,13 +337,15 @@ def advantages_of(
 
     PPO pays k1 at every token and the score at the last, then GAE. RLOO and GRPO compare whole
     completions of a prompt by `score - kl_coef * sum of k1`, and give all tokens one advantage.
+    With `kl_in="loss"` no KL enters.
     """
+    kl_coef = config.kl_coef if config.kl_in == "reward" else 0.0
     valid = rollouts.scores.isfinite()
     mask = rollouts.mask & valid[:, None]
     kl = kl_estimate(rollouts.logprobs, rollouts.ref_logprobs, estimator="k1")
     if config.algorithm == "ppo":
         scores = rollouts.scores.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        rewards = terminal_rewards(kl, scores, rollouts.mask, kl_coef=config.kl_coef)
+        rewards = terminal_rewards(kl, scores, rollouts.mask, kl_coef=kl_coef)
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         advantages, returns = generalized_advantages(
@@ -317,7 +357,7 @@ def advantages_of(
         if config.scale_advantages:
             advantages = masked_whiten(advantages, mask)
         return advantages, returns
-    whole = rollouts.scores - config.kl_coef * (kl * rollouts.mask).sum(1)
+    whole = rollouts.scores - kl_coef * (kl * rollouts.mask).sum(1)
     groups = whole.view(-1, config.completions_per_prompt)  # prompts in order, samples within
     if config.algorithm == "rloo":
         each = leave_one_out_advantages(groups)

@@ -35,7 +35,9 @@ class RewardConfig(LoopConfig):
     label_smoothing: float = 0.0  # in [0, 0.5)
     gaussian_loss: Literal["bt_marginal", "bt_reparam"] = "bt_marginal"  # for Gaussian heads
     auxiliary_learning_rate_scale: float = 10.0  # of an auxiliary module's own parameters
-    subset: float = 0.8  # share of the pairs that each Gaussian member sees; 1 = all
+    # Of members without stds: each learns alone, or their mean reward does (UP-RLHF, Eq. 12).
+    member_loss: Literal["each", "mean"] = "each"
+    subset: float = 0.8  # share of the pairs that each member alone sees; 1 = all
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,8 +66,10 @@ def train_reward(
     """Train the head, and whatever of the backbone wants gradients, on preference pairs.
 
     A scalar head minimises `-log sigmoid(r_chosen - r_rejected - margin)`; Gaussian heads minimise
-    `config.gaussian_loss`, each member on its own fixed subset of the pairs. Both add
-    `centring * (r_chosen + r_rejected)^2`.
+    `config.gaussian_loss`, each member on its own fixed subset of the pairs. Members without stds
+    minimise the scalar head's loss, each on its own subset, or (`member_loss`) all of them together
+    with the mean of their rewards, on all pairs. Each member's
+    `centring * (r_chosen + r_rejected)^2` is added.
 
     Args:
         reward_model: Trained in place.
@@ -89,11 +93,17 @@ def train_reward(
             "This model keeps the head it was published with, which trueward does not train: "
             "start from its backbone with RewardModel.from_backbone."
         )
-    if reward_model.members > 1 and config.label_smoothing:
+    if reward_model.has_stds and config.label_smoothing:
         raise ValueError("label_smoothing is for a scalar head: Gaussian heads have stds instead.")
+    together = config.member_loss == "mean"
+    if together and (reward_model.has_stds or reward_model.members == 1):
+        raise ValueError("member_loss='mean' is for several members without stds: a LoRA ensemble.")
     pairs = encode_pairs(reward_model, preferences, config.max_length, report)
     seen = member_subsets(
-        [p.group for p in pairs], reward_model.members, share=config.subset, seed=config.seed
+        [p.group for p in pairs],
+        reward_model.members,
+        share=1.0 if together else config.subset,
+        seed=config.seed,
     )  # [pair, member]
     batch_size = min(config.batch_size, len(pairs))
     per_epoch = math.ceil(len(pairs) / batch_size)  # the last batch of an epoch may be short
@@ -126,9 +136,7 @@ def train_reward(
         metrics |= batch_metrics(loss, margins, rewards) | {"grad_norm": norm, "epoch": epoch + 1}
         loop.log(metrics, show=["loss", "accuracy"])
     reward_model.eval()
-    prompts, completions = reference or own_completions(preferences)
-    fitting = [i for i, p in enumerate(prompts) if reward_model.fits(p, completions[i])]
-    reward_model.set_normalisation([prompts[i] for i in fitting], [completions[i] for i in fitting])
+    reward_model.set_normalisation(*(reference or own_completions(preferences)))
     evaluated = evaluation(reward_model) if evaluation else {}
     reward_model.facts |= {"pairs": len(pairs), **evaluated}
     overlong = len(preferences) - len(pairs)
@@ -159,7 +167,9 @@ def _accumulate(
     margins: list[float] = []
     rewards: list[float] = []
     for some in token_budget_batches(
-        groups, max_tokens=config.max_batch_tokens, shared_prefix=share_prefix
+        groups,
+        max_tokens=max(1, config.max_batch_tokens // reward_model.copies),
+        shared_prefix=share_prefix,
     ):
         packed = make_batch(
             reward_model.backbone,
@@ -196,13 +206,20 @@ def batch_metrics(loss: float, margins: list[float], rewards: list[float]) -> di
 def pair_losses(posterior: RewardPosterior, margins: Tensor, config: RewardConfig) -> Tensor:
     """Return the loss of each pair under each member, `[pair, member]`.
 
-    `posterior` holds chosen and rejected in turn, as packed pairs come out of the model.
+    `posterior` holds chosen and rejected in turn, as packed pairs come out of the model. Members
+    that learn by the mean of their rewards (UP-RLHF, https://arxiv.org/abs/2401.00243, Eq. 12) have
+    one loss, given to each.
     """
     chosen, rejected = posterior.means[0::2], posterior.means[1::2]
     if posterior.stds is None:
+        sides = chosen, rejected
+        if config.member_loss == "mean":
+            sides = chosen.mean(1, keepdim=True), rejected.mean(1, keepdim=True)
         losses = bradley_terry_loss(
-            chosen[:, 0], rejected[:, 0], margin=margins, label_smoothing=config.label_smoothing
-        )[:, None]
+            *sides,
+            margin=margins[:, None].expand_as(sides[0]),
+            label_smoothing=config.label_smoothing,
+        )
     else:
         loss = GAUSSIAN_LOSSES[config.gaussian_loss]
         losses = loss(
