@@ -288,6 +288,12 @@ MISTAKES: list[tuple[str, str, str]] = [
         "--best and --selection go together",
     ),
     (
+        "the one best model as an average",
+        "average --reward_model {f}/scalar {f}/near --best 1 --selection {f}/preferences.jsonl "
+        "--output_dir {f}/o4",
+        "best must be 0 (all) or at least 2 models, got 1",
+    ),
+    (
         "more of the best than there are models",
         "average --reward_model {f}/scalar {f}/near --best 3 --selection {f}/preferences.jsonl "
         "--output_dir {f}/o4",
@@ -300,8 +306,9 @@ MISTAKES: list[tuple[str, str, str]] = [
     ),
     (
         "models that have no average",
-        "average --reward_model {f}/scalar {f}/gaussian --output_dir {f}/o5",
-        "model 1 and model 2 differ in their heads",
+        "average --reward_model {f}/scalar {f}/near {f}/gaussian --preferences {f}/agreed.jsonl "
+        "--output_dir {f}/o5",
+        "model 1 and model 3 differ in their heads",
     ),
     (
         "models with a barrier between them",
@@ -546,7 +553,9 @@ def test_a_barrier_is_refused_until_it_is_forced(folder: Path, capsys: pytest.Ca
     assert run(command, folder) == 2
     assert (folder / "apart" / "paths.png").exists()
     assert not (folder / "apart" / "model").exists()
+    capsys.readouterr()
     assert run(command + " --force True", folder) == 0, capsys.readouterr().err
+    assert "There is a barrier between" in capsys.readouterr().err
     numbers = numbers_at(folder, "apart/summary.json")["metrics"]
     assert numbers["forced"] is True
     assert "below the line" in numbers["barrier"]

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from trueward.models.head_kinds import make_head
+from trueward.models.card import _KINDS
+from trueward.models.head_kinds import KINDS, make_head
 from trueward.models.heads import LOG_STD_MAX, LOG_STD_MIN, GaussianHeads, ScalarHead
 
 
@@ -96,3 +97,7 @@ def test_a_head_is_built_again_from_its_description(head: torch.nn.Module) -> No
 def test_an_unknown_head_is_refused() -> None:
     with pytest.raises(ValueError, match="Unknown reward head 'wooden'"):
         make_head({"kind": "wooden"}, 8)
+
+
+def test_the_card_of_a_saved_model_has_words_for_every_kind_of_head() -> None:
+    assert set(_KINDS) == set(KINDS)

@@ -9,10 +9,13 @@ import torch
 
 from trueward.data.formats import DataError, PreferenceRow
 from trueward.models.mode_connectivity import (
+    AveragePoint,
     LinearPath,
     PathPoint,
     compare_with_models,
     linear_mode_connectivity,
+    proven_barrier,
+    simultaneous_confidence,
 )
 from trueward.models.reward_model import RewardModel
 from trueward.models.weight_averaging import (
@@ -227,6 +230,54 @@ def test_an_average_of_two_is_the_middle_of_their_path() -> None:
         compare_with_models(models[0], [], data)
     with pytest.raises(DataError, match="at least two preference rows"):
         compare_with_models(models[0], models, data[:2])
+
+
+def test_several_intervals_hold_together() -> None:
+    assert simultaneous_confidence(0.95, 1) == 0.95
+    assert simultaneous_confidence(0.95, 10) == pytest.approx(0.995)
+    with pytest.raises(ValueError, match=r"confidence must lie in \(0, 1\)"):
+        simultaneous_confidence(1.0, 2)
+
+
+def test_a_proven_barrier_is_told_with_its_worst_point() -> None:
+    def point(weight: float, accuracy: float, high: float) -> PathPoint:
+        return PathPoint(
+            weight=weight,
+            accuracy=accuracy,
+            line=0.75,
+            low=-0.5,
+            high=high,
+            loss=0.0,
+            loss_line=0.0,
+        )
+
+    chance = LinearPath(points=(point(0.5, 0.5, 0.01),), pairs=9, left_out=0)
+    bad = LinearPath(
+        points=(*chance.points, point(0.25, 0.5, -0.125), point(0.75, 0.25, -0.0625)),
+        pairs=9,
+        left_out=0,
+    )
+    found = AveragePoint(
+        accuracy=0.5,
+        mean=0.75,
+        low=-0.375,
+        high=-0.125,
+        loss=0.0,
+        loss_mean=0.0,
+        accuracies=(0.75, 0.75, 0.75),
+        pairs=9,
+        left_out=0,
+    )
+    fine = dataclasses.replace(found, high=0.0)
+    assert proven_barrier("a", {"b": chance}, fine) == proven_barrier("a", {}, None) == ""
+    told = proven_barrier("a", {"b": chance, "c": bad}, fine)
+    assert told == (
+        "There is a barrier between a and c: with the weight 0.25 on the second the accuracy is "
+        "0.250 [0.125, 0.500] below the line between the two"
+    )
+    assert proven_barrier("a", {"b": chance}, found) == (
+        "The average of 3 models has an accuracy 0.250 [0.125, 0.375] below their mean"
+    )
 
 
 def test_members_from_one_start_are_connected_and_models_from_two_are_not() -> None:

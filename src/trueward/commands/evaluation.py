@@ -152,7 +152,7 @@ def _evaluate_preferences(config: EvaluateCommand) -> dict[str, Any]:
     sources = {name: read_answers(file) for name, file in config.out_of_distribution.items()}
     model = load_reward(config.reward_model)
     function = model.score if isinstance(model, RewardModel) else posterior_function(model)
-    by_models = isinstance(model, RewardModel | Sequence)
+    fits = fits_context(model) if isinstance(model, RewardModel | Sequence) else None
     objective = config.objective.build()
     found: dict[str, Any] = {}
     diagnoses: dict[str, Diagnosis] = {}
@@ -170,19 +170,14 @@ def _evaluate_preferences(config: EvaluateCommand) -> dict[str, Any]:
             total = len(drawn) * (2 + len(kinds))
             with tqdm(total=total, desc=name, unit="text", disable=None) as bar:
                 diagnoses[name] = diagnose(
-                    _moving(function, bar, size=_CHUNK if by_models else None),
+                    _moving(function, bar, size=_CHUNK if fits is not None else None),
                     drawn,
                     out_of_distribution=kinds,
                     objective=objective,
-                    fits=fits_context(model),
+                    fits=fits,
                     seed=config.seed,
                 )
-            remarks[name] += [
-                f"{about.overlong} completions of the kind {kind} are longer than the reward's "
-                f"context, so its AUROC is over {about.completions} others."
-                for kind, about in diagnoses[name].out_of_distribution.items()
-                if about.overlong
-            ]
+            remarks[name] += _overlong(diagnoses[name])
         if len(drawn) == len(rows):
             found[name] |= diagnoses[name].metrics
         else:
@@ -239,6 +234,15 @@ def _outside_of(
                 "over the others."
             )
     return kinds, remarks
+
+
+def _overlong(found: Diagnosis) -> list[str]:
+    return [
+        f"{about.overlong} completions of the kind {kind} are longer than the reward's context, so "
+        f"its AUROC is over {about.completions} others."
+        for kind, about in found.out_of_distribution.items()
+        if about.overlong
+    ]
 
 
 def _moving(
@@ -328,11 +332,13 @@ class AverageCommand:
         if again:
             raise ValueError(f"--reward_model has {again[0]} more than once: give each model once.")
         if bool(self.best) != bool(self.selection):
-            raise ValueError("--best and --selection go together: how many models, and by what?")
-        if self.best < 0:
-            raise ValueError(f"best must be at least 0 (all), got {self.best}.")
+            raise ValueError(
+                "--best and --selection go together: how many models, and by what accuracy."
+            )
+        if self.best < 0 or self.best == 1:
+            raise ValueError(f"best must be 0 (all) or at least 2 models, got {self.best}.")
         if self.test_only and not self.preferences:
-            raise ValueError("--test_only needs --preferences: what shall the paths be tested on?")
+            raise ValueError("--test_only needs --preferences, on which the paths are tested.")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must lie in (0, 1), as 0.95, got {self.confidence}.")
 
@@ -362,10 +368,10 @@ def average(config: AverageCommand) -> None:
         names = select_best(names, list(accuracies.values()), config.best)
     # Three inner points of each path, and the average: their intervals hold together.
     confidence = simultaneous_confidence(config.confidence, len(_INNER) * (len(names) - 1) + 1)
-    paths = _paths(names, rows, confidence) if rows else {}
     made = average_weights(RewardModel.from_pretrained(name) for name in names)
-    point = None
+    paths, point = {}, None
     if rows:
+        paths = _paths(names, rows, confidence)
         members = (RewardModel.from_pretrained(name) for name in names)
         point = compare_with_models(made, members, rows, confidence=confidence)
         _show_paths(Path(config.output_dir), names, paths, point)
@@ -385,12 +391,12 @@ def average(config: AverageCommand) -> None:
     if barrier:
         numbers |= {"barrier": barrier, "forced": config.force and not config.test_only}
     summary = run.finish(numbers, seed=0)
-    console.print(f"{config.output_dir}: {summary['seconds']:.0f} s", highlight=False)
+    said = f"{barrier}." if barrier else "No barrier is proven between them."
     if not rows:
-        console.print(
-            "Whether these models may be averaged was not tested: --preferences would tell.",
-            highlight=False,
-        )
+        said = "Whether these models may be averaged was not tested: --preferences would tell."
+    console.print(
+        f"{config.output_dir}: {summary['seconds']:.0f} s. {said}", highlight=False, markup=False
+    )
 
 
 def _rows_of(source: str, config: AverageCommand) -> list[PreferenceRow]:

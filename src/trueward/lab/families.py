@@ -20,7 +20,13 @@ import yaml
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from trueward.data.formats import DataError, DemonstrationRow, PreferenceRow, load_preferences
+from trueward.data.formats import (
+    DataError,
+    DemonstrationRow,
+    PreferenceRow,
+    load_preferences,
+    write_jsonl,
+)
 from trueward.data.rows import split_by_prompt, text_of
 from trueward.evaluate.diagnosis import Diagnosis, diagnose
 from trueward.lab.processes import State, Task, only_one, run_tasks
@@ -124,8 +130,9 @@ def run_families(config: FamiliesConfig) -> dict[str, Any]:
             name, first = next(iter(failed.items()))
             traces = "\n\n".join(f"{n}\n{o.traceback}" for n, o in failed.items())
             write_text(out / "failures.txt", traces)
+            others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
             raise DataError(
-                f"{name} and {len(failed) - 1} more failed ({first.error.rstrip('.')}); "
+                f"{name}{others} failed ({first.error.rstrip('.')}); "
                 f"{out / 'failures.txt'} has the traces, and running it again tries them again."
             )
         metrics = {row.name: {"accuracy": _mean_of(row, "accuracy")} for row in results}
@@ -169,17 +176,31 @@ def read_rows(config: FamiliesConfig, seed: int) -> dict[str, list[PreferenceRow
     return found
 
 
-def split_rows(
-    config: FamiliesConfig, seed: int
-) -> tuple[list[PreferenceRow], dict[str, list[PreferenceRow]]]:
-    """Return the training rows of all sets together, and each set's held-out rows."""
+def split_rows(config: FamiliesConfig, seed: int) -> None:
+    """Draw a seed's rows and part them by prompt, once for all families."""
+    folder = _ground(config, seed) / "rows"
     training: list[PreferenceRow] = []
-    test: dict[str, list[PreferenceRow]] = {}
     for name, rows in read_rows(config, seed).items():
         kept, apart = split_by_prompt(rows, fraction=config.test, seed=seed)
         training += kept
-        test[name] = apart
+        _write_rows(folder / f"test-{name}.jsonl", apart)
+    _write_rows(folder / "training.jsonl", training)
+
+
+def seed_rows(
+    config: FamiliesConfig, seed: int
+) -> tuple[list[PreferenceRow], dict[str, list[PreferenceRow]]]:
+    """Return a seed's training rows of all sets together, and each set's held-out rows."""
+    folder = _ground(config, seed) / "rows"
+    training = load_preferences(folder / "training.jsonl").rows
+    test = {n: load_preferences(folder / f"test-{n}.jsonl").rows for n in config.preferences}
     return training, test
+
+
+def _write_rows(path: Path, rows: Sequence[PreferenceRow]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = ("prompt", "chosen", "rejected")
+    write_jsonl(path, [{key: getattr(row, key) for key in keys} for row in rows])
 
 
 def build_backbone(config: FamiliesConfig, seed: int) -> None:
@@ -189,7 +210,8 @@ def build_backbone(config: FamiliesConfig, seed: int) -> None:
     run = RunFolder(folder, command="families", config=made_of)
     if finished_summary(folder) is not None:
         return
-    training, test = split_rows(config, seed)
+    split_rows(config, seed)
+    training, test = seed_rows(config, seed)
     if config.encoder:
         _embed(config, seed, [row for rows in (training, *test.values()) for row in rows])
     else:
@@ -221,7 +243,7 @@ def train_and_diagnose(config: FamiliesConfig, seed: int, name: str) -> None:
     folder = row_folder(config, seed, name)
     if (folder / "result.json").exists():
         return
-    training, test = split_rows(config, seed)
+    training, test = seed_rows(config, seed)
     if method.family in POST_HOC and not method.stage1:
         stage1 = row_folder(config, seed, SINGLE) / "model"
         method = replace(method, stage1=str(stage1))
@@ -269,6 +291,7 @@ def cost(
     operations = []
     functions = [posterior_function(reward), posterior_function(single)]
     for function in functions:
+        function(prompts[:1], completions[:1])  # a model tries its backbone at its first text
         with FlopCounterMode(display=False) as counter:
             function(prompts, completions)
         operations.append(counter.get_total_flops())
@@ -331,7 +354,7 @@ def _embed(config: FamiliesConfig, seed: int, rows: Sequence[PreferenceRow]) -> 
     prompts, completions = own_completions(rows, limit=len(rows))
     fitting = [i for i, p in enumerate(prompts) if model.fits(p, completions[i])]
     model.score([prompts[i] for i in fitting], [completions[i] for i in fitting])
-    _, test = split_rows(config, seed)
+    _, test = seed_rows(config, seed)
     together = [row for some in test.values() for row in fitting_rows(model, some)]
     diagnose(model, together, seed=seed)
     backbone.save_embeddings(store, name=f"seed-{seed}")

@@ -28,18 +28,27 @@ posterior = reward_model.score(["a prompt"], ["a completion"])
 """
 
 
+_KINDS = {
+    "scalar": "One scalar reward",
+    "gaussian": "Gaussian heads ({members}) on one backbone",
+    "member": "An ensemble of {members} low-rank adapters on one backbone",
+    "attributes": "One reward, the gated sum of Gaussian attributes (URM)",
+    "energy": "One reward, the mode of an energy over rewards, with its width (EBRM)",
+    "laplace": "One reward with a Gaussian over its last layer's weights (members: {members})",
+}
+
+
 def reward_model_card(model: "RewardModel") -> str:
     """Return the card's Markdown: what the model is, its training data and its evaluation."""
     members = model.members
-    gaussian = model.head is not None and model.head.describe()["kind"] == "gaussian"
-    kind = f"Gaussian heads ({members}) on one backbone" if gaussian else "One scalar reward"
+    kind = str(model.head.describe()["kind"]) if model.head is not None else "scalar"
     facts = {
         "backbone": getattr(model.backbone.config, "model_type", "unknown"),
         "training data": "not recorded",
     } | model.facts
     lines = [f"| {k} | {_value(v)} |" for k, v in facts.items()]
     return _TEMPLATE.format(
-        kind=kind,
+        kind=_KINDS[kind].format(members=members),
         parameters=sum(p.numel() for p in model.parameters()),
         max_length=model.max_length,
         facts="\n".join(lines),

@@ -125,7 +125,7 @@ class LoRAEnsemble(nn.Module):
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
+        backbone: PreTrainedModel | PeftModel,
         *,
         members: int,
         rank: int,
@@ -232,7 +232,7 @@ class LoRAEnsemble(nn.Module):
             for layer in layers[len(layers) - self.layers :]:
                 handles.append(layer.register_forward_pre_hook(one.enter, with_kwargs=True))
             for i, name, module in _linear_layers(backbone, self.layers):
-                if i == len(layers) - self.layers:
+                if i == len(layers) - self.layers and self.members > 1:
                     handles.append(module.register_forward_pre_hook(one.read_once))
                 add = partial(one.add_members, self.adapters[_key(i, name)])
                 handles.append(module.register_forward_hook(add))
@@ -333,7 +333,8 @@ class _Pass:
     def __init__(self, *, members: int, rows: int, seq: int) -> None:
         self.members, self.rows, self.tokens = members, rows, members * rows * seq
         self.repeated: dict[int, tuple[Tensor, Tensor]] = {}  # by identity, with the original
-        self.common: Tensor | None = None  # what every member's first linear layer reads
+        self.common: Tensor | None = None  # what every member's first linear layer reads, ...
+        self.once: Tensor | None = None  # ... and the part of it that is one member's
 
     def enter(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -367,18 +368,19 @@ class _Pass:
         """
         del layer
         x = args[0]
-        if self.common is None:
+        if self.common is None:  # none but the very first: later ones may read what is adapted
             self.common = x
-        if x is not self.common or x.shape[0] != self.members * self.rows:
-            return args
-        return (x[: self.rows], *args[1:])
+            self.once = x[: self.rows] if x.shape[0] == self.members * self.rows else None
+        if x is self.common and self.once is not None:
+            return (self.once, *args[1:])
+        return args
 
     def add_members(
         self, adapter: nn.Module, layer: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> Tensor:
         """Add the members' parts to a linear layer's output: its forward hook."""
         tokens = output.shape[:-1].numel()
-        common = args[0].shape[0] == self.rows and tokens * self.members == self.tokens
+        common = args[0] is self.once
         if not common and tokens != self.tokens:
             raise ValueError(
                 f"A {type(layer).__name__} of the adapted layers reads {tokens} of {self.tokens} "

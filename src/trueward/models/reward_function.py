@@ -54,7 +54,7 @@ def fits_context(reward: Reward) -> Callable[[Prompt, Completion], bool]:
     """
     models = [reward] if isinstance(reward, RewardModel) else reward
     if not isinstance(models, Sequence):
-        return lambda prompt, completion: True
+        return lambda _prompt, _completion: True
     return lambda prompt, completion: all(m.fits(prompt, completion) for m in models)
 
 

@@ -43,6 +43,7 @@ from trueward.data.tokens import (
     tokenize,
     truncate_prompt,
 )
+from trueward.models.attribute_heads import URM_ARCHITECTURE
 from trueward.models.backbone import (
     add_adapters,
     can_share_prefixes,
@@ -446,6 +447,11 @@ class RewardModel(nn.Module):
                 raise DataError(
                     f"{path} holds a {kinds[0]}, which is no reward model: train one with "
                     "`trueward reward`, or use RewardModel.from_backbone for a fresh head."
+                )
+            if URM_ARCHITECTURE in kinds:
+                raise DataError(
+                    f"{path} is a published URM: read it with "
+                    "trueward.models.published_urm.load_published_urm."
                 )
             if config.num_labels != 1:
                 raise DataError(

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,7 +52,7 @@ class EnergyConfig(LoopConfig):
 
     reward_widths: tuple[int, ...] = (16, 32, 64)  # layers of the reward alone
     widths: tuple[int, ...] = (256, 128)  # of state and reward together; the paper: (1024, 512)
-    dropout: float = 0.5
+    dropout: float = 0.1  # the paper: .5, which narrow layers do not survive
     reward_scale: float = 1.0  # stds of the base reward; the paper has 4 for its 8B base
     noise_stds: tuple[float, ...] = (3.5,)  # s_k, in units of the scaled reward
     noise_samples: int = 64  # M, draws of the noise for each example; the paper: 768
@@ -63,12 +63,12 @@ class EnergyConfig(LoopConfig):
     ascent_steps: int = 50
     step_size: float = 0.5  # of the ascent, at first
     shrink: float = 0.1  # factor on the step of an ascent that went too far
-    learning_rate: float = 1e-3  # the paper: 9e-5, for tens of thousands of pairs
+    learning_rate: float = 3e-3  # the paper: 9e-5, for tens of thousands of pairs
     weight_decay: float = 1e-2
     warmup_ratio: float = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     epochs: float = 5.0
-    batch_size: int = 256  # examples for each optimiser step: sides of pairs
+    batch_size: int = 64  # sides of pairs for each optimiser step; the paper: 256
     max_length: int = 1024  # tokens of prompt and completion
     held_out: float = 0.1  # share of the prompts kept from training, on which modes are judged
     evaluate_every: int = 0  # steps between judgements; 0 = only at the end
@@ -93,7 +93,7 @@ class EnergyConfig(LoopConfig):
     @classmethod
     def paper(cls) -> "EnergyConfig":
         """Every value as in the paper, for a GPU and some tens of thousands of pairs."""
-        return cls(widths=(1024, 512), noise_samples=768, learning_rate=9e-5, max_grad_norm=0.0)
+        return cls(**PRESETS["paper"])
 
     def head(self, hidden_size: int) -> EnergyHead:
         """Return an untrained head of these sizes, a function of the seed."""
@@ -111,6 +111,19 @@ class EnergyConfig(LoopConfig):
                 step_size=self.step_size,
                 shrink=self.shrink,
             )
+
+
+# Where the paper's values are not the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "widths": (1024, 512),
+        "dropout": 0.5,
+        "noise_samples": 768,
+        "learning_rate": 9e-5,
+        "batch_size": 256,
+        "max_grad_norm": 0.0,
+    }
+}
 
 
 class PairStates(NamedTuple):
@@ -243,7 +256,7 @@ def _pairs(
     preferences: Sequence[PreferenceRow],
     config: EnergyConfig,
     report: LoadReport | None,
-) -> tuple[PairStates, PairStates, dict[str, float]]:
+) -> tuple[PairStates, PairStates, dict[str, int]]:
     """Return the pairs that are learned from, those held out, and what became of all."""
     # The margin, which nothing here uses, carries the row's number.
     numbered = [replace(row, margin=float(i)) for i, row in enumerate(preferences)]
@@ -271,7 +284,7 @@ def _pairs(
             if not agreed:
                 where = preferences[int(example.margin)].where
                 report.add("conflict", where, "the base does not prefer the chosen side")
-    counts: dict[str, float] = {
+    counts = {
         "pairs": int(agree.sum()),
         "conflicting_pairs": int((~agree).sum()),
         "held_out_pairs": len(apart),

@@ -413,8 +413,7 @@ def _accuracy(model: RewardModel, rows: Sequence[PreferenceRow]) -> float:
 def _numbers(folder: Path) -> dict[str, float]:
     summary = finished_summary(folder)
     assert summary is not None
-    numbers: dict[str, float] = summary["metrics"]
-    return numbers
+    return {k: float(v) for k, v in summary["metrics"].items() if isinstance(v, int | float)}
 
 
 def _mean_numbers(folders: Sequence[Path]) -> dict[str, float]:
@@ -423,5 +422,5 @@ def _mean_numbers(folders: Sequence[Path]) -> dict[str, float]:
     return {
         f"members/{key}": sum(f[key] for f in found) / len(found)
         for key in found[0]
-        if all(isinstance(f.get(key), int | float) for f in found)
+        if all(key in f for f in found)
     }
