@@ -28,7 +28,7 @@ from trueward.lab.language import (
     score_pool,
     train_member,
 )
-from trueward.lab.methods import Method
+from trueward.lab.methods import MemberFamily, Method
 from trueward.lab.worlds import Annotator, LanguageDials, LanguageWorld
 
 SMALL = LanguageConfig(
@@ -88,6 +88,36 @@ def test_methods_that_need_the_same_reward_model_share_it():
     assert [spec.refine for spec in refined.values()] == ["", "spg", "uml"]
     for control in ("gold", "random", "length"):
         assert reward_specs(Method(reward=control)) == []
+
+
+def test_every_family_is_one_spec_of_its_own_name():
+    assert reward_specs(Method(family="laplace", members=8)) == [
+        RewardSpec("laplace-8", 0, heads=8, family="laplace")
+    ]
+    assert reward_specs(Method(family="warm"))[0].name == "warm-1"
+    with pytest.raises(ValueError, match="family warm has one member, got members=5"):
+        Method(family="warm", members=5)
+
+
+@pytest.mark.parametrize(
+    ("family", "members", "has_stds"),
+    [("brme_pairs", 3, True), ("lora", 2, False), ("laplace", 4, False), ("energy", 1, True)],
+)
+def test_a_method_may_optimise_any_family(
+    lab: Lab, family: MemberFamily, members: int, has_stds: bool
+):
+    method = Method(family=family, members=members)
+    (spec,) = reward_specs(method)
+    train_member(lab, 0, spec)
+    draw_pool(lab, 0)
+    score_pool(lab, 0, spec)
+    posterior = pool_posterior(lab, 0, method, read_pool(lab, 0))
+    assert posterior.members == members
+    assert (posterior.stds is not None) == has_stds
+    reward = reward_of(lab, lab.open(0), method, 0)
+    prompts, answers = read_pool(lab, 0).flat
+    again = reward.posterior(prompts[:4], answers[:4])
+    torch.testing.assert_close(again.means, posterior.means[:4], atol=1e-4, rtol=1e-4)
 
 
 def test_comparisons_are_kept_apart_and_agree_with_gold_without_noise(lab: Lab):

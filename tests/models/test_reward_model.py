@@ -355,7 +355,7 @@ def test_a_scalar_model_gives_its_raw_logit_unless_asked(
 
 
 def test_a_scale_needs_two_samples(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match="at least two reference samples, got 1"):
+    with pytest.raises(DataError, match="at least two reference samples that fit, got 1 of 1"):
         made(tokenizer).set_normalisation(["a"], ["b"])
 
 

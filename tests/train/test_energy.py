@@ -133,7 +133,6 @@ CHANGES: dict[str, Any] = {
     "limit": 5.0,
     "ascent_steps": 1,
     "step_size": 0.5,
-    "shrink": 0.3,
     "learning_rate": 1e-2,
     "weight_decay": 0.5,
     "warmup_ratio": 0.9,
@@ -146,13 +145,12 @@ CHANGES: dict[str, Any] = {
 }
 
 
-# An ascent that has not arrived, some of whose steps are refused.
-REFUSED = {"ascent_steps": 3, "step_size": 500.0}
+SHORT = {"ascent_steps": 3, "step_size": 5.0}  # an ascent that has not arrived
 
 
 @pytest.fixture(scope="module")
 def untouched() -> list[Tensor]:
-    return outcome(small(**REFUSED))
+    return outcome(small(**SHORT))
 
 
 def outcome(config: EnergyConfig) -> list[Tensor]:
@@ -164,7 +162,7 @@ def outcome(config: EnergyConfig) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_each_option_changes_the_result(name: str, untouched: list[Tensor]) -> None:
-    found = outcome(small(**(REFUSED | {name: CHANGES[name]})))
+    found = outcome(small(**(SHORT | {name: CHANGES[name]})))
     same = [a.shape == b.shape and torch.equal(a, b) for a, b in zip(found, untouched, strict=True)]
     assert not all(same)
 
@@ -172,7 +170,26 @@ def test_each_option_changes_the_result(name: str, untouched: list[Tensor]) -> N
 def test_no_option_is_left_untested() -> None:
     own = {f.name for f in dataclasses.fields(EnergyConfig)}
     inherited = {f.name for f in dataclasses.fields(LoopConfig)}
-    assert own - inherited - set(CHANGES) == {"evaluate_every"}  # see the test of the log
+    assert own - inherited - set(CHANGES) == {
+        "evaluate_every",  # see the test of the log
+        "shrink",  # see the next
+    }
+
+
+def test_the_head_has_the_options_of_the_configuration() -> None:
+    options = {
+        "reward_widths": (5, 3),
+        "widths": (9,),
+        "dropout": 0.2,
+        "reward_scale": 3.0,
+        "trusted": 1.0,
+        "limit": 4.0,
+        "step_size": 0.3,
+        "shrink": 0.4,
+    }
+    described = EnergyConfig(ascent_steps=7, **options).head(6).describe()
+    wanted = options | {"reward_widths": [5, 3], "widths": [9], "steps": 7}
+    assert described.items() >= wanted.items()
 
 
 # ---- which pairs -------------------------------------------------------------------------------

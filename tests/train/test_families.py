@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "warm": {"warm": WARMConfig(candidates=3, best=2, selection=0.3)},
     "lora": {"lora": LoRAEnsembleConfig(rank=2, layers=0.5)},
     "energy": {"energy": EnergyConfig(epochs=1.0, widths=(16, 8), noise_samples=8)},
-    "laplace": {"laplace": LaplaceConfig(members=4, held_out=0.3)},
+    "laplace": {"laplace": LaplaceConfig(held_out=0.3)},
     "brme": {"brme": BRMEConfig(epochs=1.0), "preset": "pairs"},
 }
 # How many members the posterior has, and whether each has a std of its own.
@@ -51,7 +51,7 @@ SHAPES = {
     "warm": (1, False),
     "attributes": (1, True),
     "energy": (1, True),
-    "laplace": (4, False),
+    "laplace": (3, False),
 }
 
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
 from trueward.refine.multiview import MultiView, MultiViewConfig
 from trueward.refine.synthetic import synthetic_preferences
+from trueward.train.families import FamilyConfig, train_family
 from trueward.train.loop import seed_of
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig, train_reward
@@ -84,6 +85,7 @@ class LanguageConfig:
     refine_samples: int = 10  # answers to each
     gamma: float = 0.5  # SPG: smallest confidence of a synthetic preference
     uml: MultiViewConfig = field(default_factory=lambda: MultiViewConfig(latent=32, width=128))
+    families: FamilyConfig = field(default_factory=FamilyConfig)  # options of the methods' families
     max_batch_tokens: int = 8192  # padded tokens computed at once
 
     def __post_init__(self) -> None:
@@ -150,6 +152,7 @@ class RewardSpec(NamedTuple):
     heads: int = 1
     epochs_scale: float = 1.0
     refine: Literal["", "spg", "uml"] = ""
+    family: str = ""  # of `train.families`; empty: heads on one body, trained on pairs
 
 
 def reward_specs(method: Method) -> list[RewardSpec]:
@@ -164,6 +167,9 @@ def reward_specs(method: Method) -> list[RewardSpec]:
     suffix = "" if scale == 1 else f"-epochs-{scale:g}x"
     if method.family == "heads":
         return [RewardSpec(f"heads-{method.members}{suffix}", 0, method.members, scale)]
+    if method.family != "deep":
+        name = f"{method.family}-{method.members}{suffix}"
+        return [RewardSpec(name, 0, method.members, scale, family=method.family)]
     return [RewardSpec(f"deep-{k}{suffix}", k, 1, scale) for k in range(method.members)]
 
 
@@ -231,13 +237,30 @@ def train_member(lab: Lab, seed: int, spec: RewardSpec) -> None:
     rows: list[PreferenceRow] = load_preferences(
         lab.ground(seed) / "comparisons" / "preferences.jsonl"
     ).rows
-    auxiliary = None
-    model = RewardModel.from_backbone(
-        copy.deepcopy(world.policy.backbone),
-        world.policy.tokenizer,
-        members=spec.heads,
+    train = RewardConfig(
+        learning_rate=config.reward_learning_rate,
+        batch_size=config.reward_batch_size,
+        epochs=config.reward_epochs * spec.epochs_scale,
+        subset=config.subset,
         seed=own,
+        max_batch_tokens=config.max_batch_tokens,
+        progress=False,
     )
+    reference = _reference_samples(lab, seed)
+
+    def make(**options: Any) -> RewardModel:
+        return RewardModel.from_backbone(
+            copy.deepcopy(world.policy.backbone), world.policy.tokenizer, **options
+        )
+
+    if spec.family:
+        family, _, preset = spec.family.partition("_")
+        chosen: dict[str, Any] = {"family": family, "preset": preset or "none"}
+        families = replace(config.families, members=spec.heads, **chosen)
+        train_family(make, rows, families, train, output_dir=folder, reference=reference)
+        return
+    auxiliary = None
+    model = make(members=spec.heads, seed=own)
     if spec.refine:
         drawn = _samples_of_first(lab, seed)
     if spec.refine == "spg":
@@ -245,22 +268,7 @@ def train_member(lab: Lab, seed: int, spec: RewardSpec) -> None:
     elif spec.refine == "uml":
         width = model.backbone.config.get_text_config().hidden_size
         auxiliary = MultiView(width, drawn, replace(config.uml, seed=seed))
-    train_reward(
-        model,
-        rows,
-        RewardConfig(
-            learning_rate=config.reward_learning_rate,
-            batch_size=config.reward_batch_size,
-            epochs=config.reward_epochs * spec.epochs_scale,
-            subset=config.subset,
-            seed=own,
-            max_batch_tokens=config.max_batch_tokens,
-            progress=False,
-        ),
-        output_dir=folder,
-        reference=_reference_samples(lab, seed),
-        auxiliary=auxiliary,
-    )
+    train_reward(model, rows, train, output_dir=folder, reference=reference, auxiliary=auxiliary)
 
 
 def optimise_first(lab: Lab, seed: int) -> None:
@@ -337,8 +345,10 @@ def score_pool(lab: Lab, seed: int, spec: RewardSpec) -> None:
     if run is None:
         return
     posterior = load_member(lab, seed, spec).score(*read_pool(lab, seed).flat, normalise=True)
-    assert posterior.stds is not None
-    save_file({"means": posterior.means, "stds": posterior.stds}, folder / "scores.safetensors")
+    found = {"means": posterior.means}
+    if posterior.stds is not None:
+        found["stds"] = posterior.stds
+    save_file({k: v.contiguous() for k, v in found.items()}, folder / "scores.safetensors")
     run.finish({"mean": posterior.mean.mean().item()}, seed=seed)
 
 
@@ -359,7 +369,9 @@ def pool_posterior(lab: Lab, seed: int, method: Method, pool: AnswerPool) -> Rew
     found = [
         load_file(lab.ground(seed) / "pool" / spec.name / "scores.safetensors") for spec in specs
     ]
-    return RewardPosterior.stack_members([RewardPosterior(f["means"], f["stds"]) for f in found])
+    return RewardPosterior.stack_members(
+        [RewardPosterior(f["means"], f.get("stds")) for f in found]
+    )
 
 
 class RewardOf(NamedTuple):

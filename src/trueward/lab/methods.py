@@ -6,6 +6,19 @@ from typing import Literal
 from trueward.options import ObjectiveConfig
 
 RewardName = Literal["learned", "retrained", "spg", "uml", "gold", "random", "length"]
+# A model for each member, Gaussian heads on one backbone, or any other family by its name.
+MemberFamily = Literal[
+    "deep",
+    "heads",
+    "brme_faithful",
+    "brme_pairs",
+    "lora",
+    "warm",
+    "attributes",
+    "energy",
+    "laplace",
+]
+ONE_MEMBER = ("warm", "attributes", "energy")  # families whose posterior has a single member
 Optimiser = Literal["closed_form", "best_of_n", "ppo", "rloo", "grpo"]
 TRAINED: tuple[Optimiser, ...] = ("ppo", "rloo", "grpo")
 
@@ -17,7 +30,7 @@ class Method:
     label: str = ""  # as figures name it; empty: its key
     reward: RewardName = "learned"  # gold, random (noise of the text) and length are controls
     members: int = 1  # in the posterior that the objective gets
-    family: Literal["deep", "heads"] = "deep"  # a model for each member, or heads on one backbone
+    family: MemberFamily = "deep"  # where the members come from; see `train.families`
     epochs_scale: float = 1.0  # reward training this many times as long: the control at equal cost
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: Optimiser = "rloo"
@@ -33,6 +46,10 @@ class Method:
         if self.kl_coef and self.optimiser not in TRAINED:
             raise ValueError(
                 f"kl_coef is for trained policies ({', '.join(TRAINED)}), not for {self.optimiser}."
+            )
+        if self.family in ONE_MEMBER and self.members != 1:
+            raise ValueError(
+                f"A reward of the family {self.family} has one member, got members={self.members}."
             )
         shape = (self.members, self.epochs_scale, self.family)
         if self.reward != "learned" and shape != (1, 1, "deep"):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from trueward.evaluate.comparison import Estimate
 from trueward.evaluate.preferences import mean_interval
@@ -88,18 +87,21 @@ def families_report(
     tables = [_accuracy_table(rows, first, sets), _auroc_table(rows, kinds), _cost_table(rows)]
     keep = Keeper(root / "figures")
     seeds = sorted({len(row.numbers) for row in rows})
-    figures = [
-        keep.figure(
-            "accuracy_difference",
-            _differences(rows, first, "accuracy"),
-            "Accuracy less the single head's, paired over seeds, with 95 % intervals.",
-        ),
-        keep.figure(
-            "auroc",
-            _aurocs(rows, kinds),
-            "How well the uncertainty tells completions that were tampered with, mean over kinds.",
-        ),
-    ]
+    figures = []
+    differences, aurocs = _differences(rows, first), _aurocs(rows, kinds)
+    if differences:
+        drawn = dots_figure(
+            differences,
+            title="Accuracy, less the single head's",
+            x_label="difference of shares",
+            middle=0.0,
+        )
+        caption = "Accuracy less the single head's, paired over seeds, with 95 % intervals."
+        figures.append(keep.figure("accuracy_difference", drawn, caption))
+    if aurocs:
+        drawn = dots_figure(aurocs, title="AUROC, mean over kinds", x_label="AUROC", middle=0.5)
+        caption = "How well the uncertainty tells completions that were tampered with."
+        figures.append(keep.figure("auroc", drawn, caption))
     said = [
         Details(summary=row.label, text="\n".join(row.verdicts)) for row in rows if row.verdicts
     ]
@@ -201,17 +203,12 @@ def _kinds(rows: Sequence[FamilyRuns]) -> list[str]:
     return list(kinds)
 
 
-def _differences(rows: Sequence[FamilyRuns], first: FamilyRuns, key: str) -> Figure:
-    found = {row.label: row.estimate(key, less=first) for row in rows if row is not first}
-    return dots_figure(
-        {name: e for name, e in found.items() if e is not None},
-        title="Accuracy, less the single head's",
-        x_label="difference of shares",
-        middle=0.0,
-    )
+def _differences(rows: Sequence[FamilyRuns], first: FamilyRuns) -> dict[str, Estimate]:
+    found = {row.label: row.estimate("accuracy", less=first) for row in rows if row is not first}
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
-def _aurocs(rows: Sequence[FamilyRuns], kinds: Sequence[str]) -> Figure:
+def _aurocs(rows: Sequence[FamilyRuns], kinds: Sequence[str]) -> dict[str, Estimate]:
     found = {}
     for row in rows:
         numbers = {
@@ -222,7 +219,7 @@ def _aurocs(rows: Sequence[FamilyRuns], kinds: Sequence[str]) -> Figure:
         estimate = FamilyRuns(name=row.name, label=row.label, numbers=numbers).estimate("mean")
         if estimate is not None:
             found[row.label] = estimate
-    return dots_figure(found, title="AUROC, mean over kinds", x_label="AUROC", middle=0.5)
+    return found
 
 
 def _three(estimate: Estimate | None) -> Cell:

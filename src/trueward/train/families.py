@@ -100,7 +100,7 @@ class FamilyConfig:
         "energy",  # EBRM: the mode and width of an energy over rewards
         "laplace",  # a Gaussian over the last layer's weights
     ] = "single"
-    members: int = 5  # of heads, brme, deep and lora
+    members: int = 5  # of heads, brme, deep and lora; draws of laplace, unless it has none
     stage1: str = ""  # a finished single head for brme, attributes, energy, laplace; empty: train
     # Which loss and target `brme` has: its own fields', or those of a preset. faithful is the
     # paper as told (stds collapse), sound the likelihood of ratings, pairs the one of comparisons.
@@ -326,6 +326,8 @@ def _energy(job: Job) -> None:
 
 def _laplace(job: Job) -> None:
     config = _like(job.train, job.config.laplace)
+    if config.members:  # 0: one member, with the std
+        config = replace(config, members=job.config.members)
     fit_laplace(_stage1(job), job.preferences, config, **job.common)
 
 
