@@ -184,7 +184,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
         title="What becomes of the heads' stds",
         x_label="optimiser step",
         y_label="mean std of the median head",
-        size=(5.6, 3.5),
+        size=(4.5, 3.6),
     )
     figure.axes[0].set_yscale("log")
     with tempfile.TemporaryDirectory() as folder:

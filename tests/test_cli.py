@@ -358,7 +358,7 @@ def test_the_commands_run_one_after_another(folder: Path, capsys: pytest.Capture
         "sft --demonstrations {f}/demonstrations.jsonl --model.path {f}/policy "
         "--output_dir {f}/way/sft --train.epochs 1 --train.batch_size 1 --train.progress False",
         "reward --preferences {f}/preferences.jsonl --backbone {f}/way/sft/model "
-        f"--output_dir {{f}}/way/reward --members 2 --held_out 0.2 {small}",
+        f"--output_dir {{f}}/way/reward --family heads --members 2 --held_out 0.2 {small}",
         "policy --policy {f}/way/sft/model --reward {f}/way/reward/model --prompts "
         "{f}/prompts.jsonl --output_dir {f}/way/policy --objective.name reward_robust "
         "--train.steps 2 --train.prompts_per_step 2 --train.max_new_tokens 4 "
@@ -535,6 +535,12 @@ def test_average_tests_the_paths_and_saves_the_mean_of_the_best(
     assert (rewards.mean().item(), rewards.std(correction=0).item()) == pytest.approx(
         (0, 1), abs=1e-4
     )
+    # A scalar model is evaluated by its logits all the same.
+    evaluate = "evaluate --reward_model {f}/mean/model --preferences made {f}/agreed.jsonl "
+    assert run(evaluate + "--output {f}/mean/evaluation.json", folder) == 0
+    logits = average.score(*own_completions(agreed), normalise=False).mean
+    found = numbers_at(folder, "mean/evaluation.json")["made"]
+    assert found["margin"] == pytest.approx((logits[0::2] - logits[1::2]).mean().item(), rel=1e-4)
     table = numbers_at(folder, "mean/table.json")
     assert len(table["rows"]) == 2 * 5 + 1
     assert [row[1] for row in table["rows"][:5]] == ["0", "0.25", "0.5", "0.75", "1"]

@@ -139,6 +139,9 @@ def test_candidates_are_the_perturbed_example_and_then_the_noise() -> None:
     assert found.shape == (20_000, 3)
     torch.testing.assert_close(found.mean(0), torch.full((3,), 2.0), atol=0.1, rtol=0)
     torch.testing.assert_close(found.std(0), torch.tensor([0.35, 3.5, 3.5]), rtol=0.02, atol=0)
+    # The noise lies about the reward itself, not about its perturbation.
+    wide = nce_candidates(rewards, stds=[3.5], beta=1.0, samples=2, generator=seeded())
+    torch.testing.assert_close(torch.corrcoef(wide.T), torch.eye(3), atol=0.03, rtol=0)
     exact = nce_candidates(rewards[:5], stds=[3.5], beta=0.0, samples=2)
     assert torch.equal(exact[:, 0], rewards[:5])
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from trueward.data.formats import PreferenceRow
+from trueward.data.formats import DataError, PreferenceRow
 from trueward.data.packing import Group, PackedBatch, pack, pad
 from trueward.losses import bradley_terry_loss, nuclear_norm_diversity
 from trueward.models import lora_ensemble
@@ -465,7 +465,7 @@ def test_a_folder_that_lacks_an_adapter_is_refused(
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lora.adapters.1/mlp/up_proj.b"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"adapters\.1/mlp/up_proj\.b"):
+    with pytest.raises(DataError, match=r"lacks the weights lora\.adapters\.1/mlp/up_proj\.b: "):
         RewardModel.from_pretrained(tmp_path)
 
 

@@ -271,7 +271,7 @@ def train_and_diagnose(config: FamiliesConfig, seed: int, name: str) -> None:
         result[f"accuracy/{n}"] = diagnose(reward, some, out_of_distribution={}).accuracy.value
     single = load_family(row_folder(config, seed, SINGLE)) if name != SINGLE else reward
     _remember(config, single)
-    result |= cost(reward, single, together[:64], repeats=config.repeats)
+    result |= cost(reward, single, together[:16], repeats=config.repeats)
     result["training seconds"] = seconds
     written = {"numbers": result, "verdicts": found.verdicts, "diagnosis": asdict(found)}
     write_text(folder / "result.json", json.dumps(written))

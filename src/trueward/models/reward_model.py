@@ -440,7 +440,10 @@ class RewardModel(nn.Module):
             head.load_state_dict(_own_weights(Path(path), "head."))
             if "lora" in ours:
                 lora = LoRAEnsemble(backbone, **ours["lora"])
-                lora.load_state_dict(_own_weights(Path(path), "lora."))
+                adapters = _own_weights(Path(path), "lora.")
+                missing = [f"lora.{name}" for name in lora.state_dict() if name not in adapters]
+                _refuse_missing(path, {"missing_keys": missing})
+                lora.load_state_dict(adapters)
         else:
             kinds = config.architectures or []
             if kinds and not any("SequenceClassification" in kind for kind in kinds):
