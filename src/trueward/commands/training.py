@@ -140,12 +140,12 @@ def policy(config: PolicyCommand) -> None:
     if finished(config, "policy"):
         return
     loaded = load_prompts(config.prompts, **config.data.arguments())
-    start = Policy.from_pretrained(config.policy, lora_rank=config.lora_rank)
-    rows = fitting_prompts(start, loaded.rows, loaded.report)
+    writer = Policy.from_pretrained(config.policy, lora_rank=config.lora_rank)
+    rows = fitting_prompts(writer, loaded.rows, loaded.report)
     reward_function = load_reward(config.reward)
     start(config, "policy")
     train_policy(
-        start,
+        writer,
         reward_function,
         rows,
         config.train,

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +30,7 @@ from trueward.data.formats import (
 )
 from trueward.data.rows import split_by_prompt, text_of
 from trueward.evaluate.diagnosis import Diagnosis, diagnose
+from trueward.evaluate.preferences import evaluate_preferences
 from trueward.lab.processes import State, Task, only_one, run_tasks
 from trueward.models.reward_function import Reward, fitting_rows, posterior_function
 from trueward.models.reward_model import RewardModel
@@ -36,13 +38,20 @@ from trueward.models.scratch import ModelSource, load_policy
 from trueward.models.sentence_backbone import SentenceBackbone, sentence_backbone
 from trueward.report.families import FamilyRuns, families_report
 from trueward.train.brme import pair_states
-from trueward.train.families import POST_HOC, FamilyConfig, load_family, train_family
+from trueward.train.families import (
+    POST_HOC,
+    FamilyConfig,
+    load_family,
+    seconds_of,
+    train_family,
+)
 from trueward.train.loop import permutation
 from trueward.train.reward import RewardConfig, encode_pairs, own_completions
 from trueward.train.run_folder import (
     RunFolder,
     environment,
     finished_summary,
+    keep_config,
     to_plain,
     write_text,
 )
@@ -59,6 +68,14 @@ class FamilyMethod(FamilyConfig):
     label: str = ""  # as the table names it; empty: its key
     epochs_scale: float = 1.0  # reward training this many times as long: the control at equal cost
     learning_rate_scale: float = 1.0  # adapters learn at a higher rate than whole models
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.family in POST_HOC and (self.epochs_scale, self.learning_rate_scale) != (1, 1):
+            raise ValueError(
+                f"family={self.family} stands on the single head's training: epochs_scale and "
+                "learning_rate_scale are for rows that train on pairs; set its own epochs instead."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +164,9 @@ def _tasks(config: FamiliesConfig) -> list[Task]:
     for seed in config.all_seeds:
         ground = f"seed-{seed}/backbone"
         tasks.append(Task(name=ground, function=build_backbone, arguments=(config, seed)))
-        for name, method in config.methods.items():
-            after: tuple[str, ...] = (ground,)
-            if method.family in POST_HOC:
-                after = (ground, f"seed-{seed}/{SINGLE}")
+        for name in config.methods:
+            # Post-hoc rows stand on the single head, and all are timed beside it.
+            after = (ground,) if name == SINGLE else (ground, f"seed-{seed}/{SINGLE}")
             tasks.append(
                 Task(
                     name=f"seed-{seed}/{name}",
@@ -184,7 +200,14 @@ def split_rows(config: FamiliesConfig, seed: int) -> None:
         kept, apart = split_by_prompt(rows, fraction=config.test, seed=seed)
         training += kept
         _write_rows(folder / f"test-{name}.jsonl", apart)
-    _write_rows(folder / "training.jsonl", training)
+        if not apart:
+            raise DataError(
+                f"No prompt of {name} fell into the held-out share of seed {seed}: give more pairs "
+                "or raise test."
+            )
+    # Mixed, because members' scales are measured on the first ones.
+    order = permutation(len(training), seed, "families", "training")
+    _write_rows(folder / "training.jsonl", [training[i] for i in order])
 
 
 def seed_rows(
@@ -199,8 +222,14 @@ def seed_rows(
 
 def _write_rows(path: Path, rows: Sequence[PreferenceRow]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    keys = ("prompt", "chosen", "rejected")
-    write_jsonl(path, [{key: getattr(row, key) for key in keys} for row in rows])
+    keys = ("prompt", "chosen", "rejected", "margin")
+    write_jsonl(
+        path,
+        [
+            row.extra | {k: getattr(row, k) for k in keys if getattr(row, k) is not None}
+            for row in rows
+        ],
+    )
 
 
 def build_backbone(config: FamiliesConfig, seed: int) -> None:
@@ -241,13 +270,14 @@ def train_and_diagnose(config: FamiliesConfig, seed: int, name: str) -> None:
     """Train one row of the table for one seed, and write what its diagnosis finds."""
     method = config.methods[name]
     folder = row_folder(config, seed, name)
+    made_of = to_plain({"method": replace(method, label=""), "single": config.methods[SINGLE]})
+    keep_config(folder / "row.yaml", made_of)
     if (folder / "result.json").exists():
         return
     training, test = seed_rows(config, seed)
     if method.family in POST_HOC and not method.stage1:
         stage1 = row_folder(config, seed, SINGLE) / "model"
         method = replace(method, stage1=str(stage1))
-    started = time.monotonic()
     reward = train_family(
         lambda **options: make_model(config, _ground(config, seed), **options),
         training,
@@ -261,20 +291,34 @@ def train_and_diagnose(config: FamiliesConfig, seed: int, name: str) -> None:
         output_dir=folder,
         load=lambda path: _loaded(config, path),
     )
-    seconds = time.monotonic() - started
     _remember(config, reward)
     rows = {n: fitting_rows(reward, some) for n, some in test.items()}
     together = [row for some in rows.values() for row in some]
     found = diagnose(reward, together, seed=seed)
     result = numbers_of(found)
-    for n, some in rows.items():
+    result |= calibration(reward, together)
+    for n, some in ((n, some) for n, some in rows.items() if some):
         result[f"accuracy/{n}"] = diagnose(reward, some, out_of_distribution={}).accuracy.value
     single = load_family(row_folder(config, seed, SINGLE)) if name != SINGLE else reward
     _remember(config, single)
     result |= cost(reward, single, together[:16], repeats=config.repeats)
-    result["training seconds"] = seconds
+    result["training seconds"] = seconds_of(folder)
     written = {"numbers": result, "verdicts": found.verdicts, "diagnosis": asdict(found)}
     write_text(folder / "result.json", json.dumps(written))
+
+
+def calibration(reward: Reward, rows: Sequence[PreferenceRow]) -> dict[str, float]:
+    """Return ECE and Brier score of the members' mean, on the scale of its own logits.
+
+    A posterior is in units of the members' std on reference samples; multiplied by that std, its
+    margins are those by which the loss learned the probabilities.
+    """
+    models = [reward] if isinstance(reward, RewardModel) else reward
+    assert isinstance(models, Sequence)
+    scale = torch.cat([model.reward_std for model in models]).mean().item()
+    posterior = posterior_function(reward)(*own_completions(rows, limit=len(rows)))
+    found = evaluate_preferences(lambda *_: posterior.mean * scale, rows)
+    return {"ECE": found["ece"], "Brier": found["brier"]}
 
 
 def cost(
@@ -315,8 +359,6 @@ def numbers_of(found: Diagnosis) -> dict[str, float]:
     """
     numbers: dict[str, float | None] = {
         "accuracy": found.accuracy.value,
-        "ECE": found.ece,
-        "Brier": found.brier,
         "correlation of members": found.member_correlation,
         "spread of members": found.member_spread,
     }
@@ -422,6 +464,9 @@ def write_report(config: FamiliesConfig, rows: Sequence[FamilyRuns]) -> None:
         baseline=SINGLE,
         title=config.title,
         sets=list(config.preferences),
+        behind="behind the frozen encoder, whose pass over each text is the same for all"
+        if config.encoder
+        else "",
         config_text=yaml.safe_dump(to_plain(config), sort_keys=False),
         environment=environment(),
     )

@@ -6,10 +6,12 @@ from typing import Literal
 from trueward.options import ObjectiveConfig
 
 RewardName = Literal["learned", "retrained", "spg", "uml", "gold", "random", "length"]
-# A model for each member, Gaussian heads on one backbone, or any other family by its name.
+# A model for each member (each one Gaussian head by `bt_marginal`), Gaussian heads on one backbone,
+# or another family by its name in `train.families`; those stand on scalar heads, as `single` is.
 MemberFamily = Literal[
     "deep",
     "heads",
+    "single",
     "brme_faithful",
     "brme_pairs",
     "lora",
@@ -18,7 +20,12 @@ MemberFamily = Literal[
     "energy",
     "laplace",
 ]
-ONE_MEMBER = ("warm", "attributes", "energy")  # families whose posterior has a single member
+ONE_MEMBER = (
+    "single",
+    "warm",
+    "attributes",
+    "energy",
+)  # families whose posterior has a single member
 Optimiser = Literal["closed_form", "best_of_n", "ppo", "rloo", "grpo"]
 TRAINED: tuple[Optimiser, ...] = ("ppo", "rloo", "grpo")
 
@@ -46,6 +53,17 @@ class Method:
         if self.kl_coef and self.optimiser not in TRAINED:
             raise ValueError(
                 f"kl_coef is for trained policies ({', '.join(TRAINED)}), not for {self.optimiser}."
+            )
+        if self.family in ("lora", "laplace") and self.members < 2:
+            raise ValueError(
+                f"family={self.family} is about the disagreement of its members: give at least 2, "
+                f"got members={self.members}."
+            )
+        own = {"lower_bound", "samples"}  # sets made of the members' own stds
+        if self.objective.uncertainty_set in own and self.family in ("lora", "laplace", "warm"):
+            raise ValueError(
+                f"uncertainty_set={self.objective.uncertainty_set} needs members with stds of "
+                f"their own, which family={self.family} has not: take means."
             )
         if self.family in ONE_MEMBER and self.members != 1:
             raise ValueError(

@@ -21,12 +21,12 @@ from trueward.train.run_folder import write_text
 _GLOSSARY = {
     "accuracy": "Share of held-out pairs of which the reward tells the chosen completion.",
     "ECE": "Expected calibration error, 15 bins: how far the probability sigmoid(margin) that the "
-    "higher reward is the chosen one lies from the frequency with which it is.",
+    "higher reward (of the members' mean) is the chosen one lies from how often it is.",
     "AUROC": "Chance that a completion which was tampered with has a higher uncertainty than the "
     "chosen one it was made from; 0.5 says nothing. Of the total uncertainty where members have "
     "stds of their own, else of what there is.",
-    "by the reward itself": "The same asked of the reward: the chance that it is lower for the "
-    "completion that was tampered with. A single head has nothing else.",
+    "told by the reward": "The same asked of the reward itself: the chance that it is lower for "
+    "the completion that was tampered with. A single head has nothing else.",
     "passes": "Floating-point operations of scoring, over those of the single head.",
 }
 
@@ -66,6 +66,7 @@ def families_report(
     baseline: str,
     title: str,
     sets: Sequence[str],
+    behind: str = "",
     config_text: str,
     environment: Mapping[str, Any],
 ) -> Path:
@@ -77,6 +78,7 @@ def families_report(
         baseline: Name of the single head.
         title: The page's heading.
         sets: Names of the sets of preferences.
+        behind: What the cost leaves out, where it does.
         config_text: The configuration, shown verbatim.
         environment: Versions and device.
     """
@@ -84,7 +86,12 @@ def families_report(
     rows = [row for row in rows if row.numbers]
     first = next(row for row in rows if row.name == baseline)
     kinds = _kinds(rows)
-    tables = [_accuracy_table(rows, first, sets), _auroc_table(rows, kinds), _cost_table(rows)]
+    tables = [
+        _accuracy_table(rows, first, sets),
+        _calibration_table(rows),
+        _auroc_table(rows, kinds),
+        _cost_table(rows, behind),
+    ]
     keep = Keeper(root / "figures")
     seeds = sorted({len(row.numbers) for row in rows})
     figures = []
@@ -133,28 +140,30 @@ def markdown(table: Table) -> str:
 
 
 def _accuracy_table(rows: Sequence[FamilyRuns], first: FamilyRuns, sets: Sequence[str]) -> Table:
-    columns = ["reward", "accuracy", "less the\nsingle head", *sets, "ECE", "Brier"]
-    columns += ["correlation\nwith error", "with wrong\norder", "correlation\nof members"]
     body: list[list[Cell]] = []
     for row in rows:
         cells: list[Cell] = [row.label, _three(row.estimate("accuracy"))]
         cells.append(None if row is first else _three(row.estimate("accuracy", less=first)))
-        cells += [_three(row.estimate(f"accuracy/{name}")) for name in sets]
-        cells += [_three(row.estimate(key)) for key in ("ECE", "Brier")]
-        cells += [
-            interval_text(row.estimate(key))
-            for key in (
-                "correlation with error",
-                "correlation with wrong order",
-                "correlation of members",
-            )
-        ]
-        body.append(cells)
+        body.append(cells + [_three(row.estimate(f"accuracy/{name}")) for name in sets])
     return Table(
-        columns=columns,
+        columns=["reward", "accuracy", "less the\nsingle head", *sets],
         rows=body,
-        caption="What the rewards get right on held-out prompts.",
+        caption="Pairs told right on held-out prompts.",
         notes="± is half of the 95 % interval over seeds (Student's t); differences are paired.",
+    )
+
+
+def _calibration_table(rows: Sequence[FamilyRuns]) -> Table:
+    columns = ("correlation with error", "correlation with wrong order", "correlation of members")
+    body: list[list[Cell]] = []
+    for row in rows:
+        cells: list[Cell] = [row.label, *(_three(row.estimate(key)) for key in ("ECE", "Brier"))]
+        body.append(cells + [interval_text(row.estimate(key)) for key in columns])
+    return Table(
+        columns=["reward", "ECE", "Brier", *(c.replace(" ", "\n", 1) for c in columns)],
+        rows=body,
+        caption="Calibration, and whether the uncertainty of a pair's margin tells its error.",
+        notes="Rank correlations; 0 says nothing. Of members: of their rewards, 1 is the same.",
     )
 
 
@@ -165,7 +174,7 @@ def _auroc_table(rows: Sequence[FamilyRuns], kinds: Sequence[str]) -> Table:
         by_reward = [row.estimate(f"reward AUROC {kind}") for kind in kinds]
         if any(own):
             body.append([row.label, "uncertainty", *map(interval_text, own)])
-        body.append([row.label, "by the reward itself", *map(interval_text, by_reward)])
+        body.append([row.label, "reward", *map(interval_text, by_reward)])
     return Table(
         columns=["reward", "told by", *kinds],
         rows=body,
@@ -174,7 +183,7 @@ def _auroc_table(rows: Sequence[FamilyRuns], kinds: Sequence[str]) -> Table:
     )
 
 
-def _cost_table(rows: Sequence[FamilyRuns]) -> Table:
+def _cost_table(rows: Sequence[FamilyRuns], behind: str) -> Table:
     body: list[list[Cell]] = []
     for row in rows:
         seconds = row.estimate("training seconds")
@@ -190,6 +199,7 @@ def _cost_table(rows: Sequence[FamilyRuns]) -> Table:
         columns=["reward", "passes", "seconds, over the\nsingle head's", "training,\nseconds"],
         rows=body,
         caption="What scoring costs beside the single head, and training (post-hoc: without it).",
+        notes=f"Counted and timed {behind}." if behind else "",
     )
 
 

@@ -411,7 +411,7 @@ def with_attribute_heads(
     backbone = copy.deepcopy(merged(base.backbone))
     backbone.requires_grad_(not config.freeze_backbone)
     model = RewardModel(backbone, head, base.tokenizer, max_length=base.max_length)
-    model.facts = {k: v for k, v in base.facts.items() if k == "base"}
+    model.facts = {k: v for k, v in base.facts.items() if k in ("base", "training data")}
     return model.to(base.device)
 
 

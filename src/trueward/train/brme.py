@@ -11,7 +11,8 @@ Which settings can learn a std at all:
 - `gaussian_nll` learns the targets' noise about the mean. Stage 1's own score has none: it is a
   linear function of the states on which the heads stand, so that every member can learn it exactly
   and all members become stage 1. Ratings have noise.
-- `bt_marginal` learns from the pairs that a member orders wrongly; it needs no ratings.
+- `bt_marginal` learns from the pairs that a member orders wrongly; it needs no ratings. It can tell
+  a std in principle; where the noise was known it hardly did, and most stds ended at a clamp.
 """
 
 import copy
@@ -128,7 +129,11 @@ class BRMEConfig(LoopConfig):
 
     @classmethod
     def pairs(cls) -> "BRMEConfig":
-        """The marginal likelihood of comparisons alone: sound without ratings."""
+        """The marginal likelihood of comparisons alone, for want of ratings.
+
+        It can tell a std in principle, by the pairs that a member orders wrongly; measured
+        on made-up noise of known size it hardly does, and most stds end at a clamp.
+        """
         return cls(**PRESETS["pairs"])
 
     @classmethod
@@ -283,7 +288,7 @@ def with_gaussian_heads(stage1: RewardModel, config: BRMEConfig) -> RewardModel:
     backbone = copy.deepcopy(merged(stage1.backbone))
     backbone.requires_grad_(not config.freeze_backbone)
     model = RewardModel(backbone, head, stage1.tokenizer, max_length=stage1.max_length)
-    model.facts = {k: v for k, v in stage1.facts.items() if k == "base"}
+    model.facts = {k: v for k, v in stage1.facts.items() if k in ("base", "training data")}
     if config.lora_rank:
         model.add_lora(config.lora_rank, seed=config.seed)
     return model.to(stage1.device)
@@ -386,6 +391,18 @@ def encode_examples(
             ratings = (_rating(row, chosen), _rating(row, rejected))
         examples.append(Example(row.prompt, pair.group, row.margin or 0.0, ratings))
     return examples
+
+
+def require_ratings(preferences: Sequence[PreferenceRow], config: BRMEConfig) -> None:
+    """Refuse rows that lack the ratings which the configuration learns from.
+
+    Raises:
+        DataError: Names the first such row and its column.
+    """
+    if config.target == "rating":
+        for row in preferences:
+            for column in config.rating_columns:
+                _rating(row, column)
 
 
 def _rating(row: PreferenceRow, column: str) -> float:

@@ -47,12 +47,12 @@ class EnergyConfig(LoopConfig):
     """Options of `train_energy`.
 
     The defaults are the paper's but for those whose comment names the paper's value: ours fit
-    thousands of pairs and a CPU. `EnergyConfig.paper()` has the paper's throughout.
+    thousands of pairs and a CPU. `EnergyConfig.paper()` has the paper's, but for `limit`.
     """
 
     reward_widths: tuple[int, ...] = (16, 32, 64)  # layers of the reward alone
     widths: tuple[int, ...] = (256, 128)  # of state and reward together; the paper: (1024, 512)
-    dropout: float = 0.1  # the paper: .5, which narrow layers do not survive
+    dropout: float = 0.1  # the paper: .5, too much for narrow layers
     reward_scale: float = 1.0  # stds of the base reward; the paper has 4 for its 8B base
     noise_stds: tuple[float, ...] = (3.5,)  # s_k, in units of the scaled reward
     noise_samples: int = 64  # M, draws of the noise for each example; the paper: 768
@@ -92,7 +92,7 @@ class EnergyConfig(LoopConfig):
 
     @classmethod
     def paper(cls) -> "EnergyConfig":
-        """Every value as in the paper, for a GPU and some tens of thousands of pairs."""
+        """The values of the paper, for a GPU and some tens of thousands of pairs."""
         return cls(**PRESETS["paper"])
 
     def head(self, hidden_size: int) -> EnergyHead:
@@ -211,7 +211,7 @@ def train_energy(
 
 def _with_head(base: RewardModel, head: EnergyHead) -> RewardModel:
     model = RewardModel(base.backbone, head, base.tokenizer, max_length=base.max_length)
-    model.facts = {k: v for k, v in base.facts.items() if k == "base"}
+    model.facts = {k: v for k, v in base.facts.items() if k in ("base", "training data")}
     return model.to(base.device).eval()
 
 
@@ -283,7 +283,7 @@ def _pairs(
         for example, agreed in zip(kept, agree.tolist(), strict=True):
             if not agreed:
                 where = preferences[int(example.margin)].where
-                report.add("conflict", where, "the base does not prefer the chosen side")
+                report.add("conflict", where, "the base does not prefer the chosen side", kept=True)
     counts = {
         "pairs": int(agree.sum()),
         "conflicting_pairs": int((~agree).sum()),

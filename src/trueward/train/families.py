@@ -2,7 +2,8 @@
 
 A family is a way to a posterior: what is trained, how often, and from what. Each ends as a folder
 `model` that `models.reward_function.load_reward_models` reads again. `brme`, `attributes`,
-`energy` and `laplace` stand on a finished single head, which is trained first where none is given.
+`energy` and `laplace` stand on a finished single head, which is trained first where none is given, on
+all of the pairs: what they then hold out, to judge their own stage, stage 1 has seen.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from trueward.data.formats import (
     read_jsonl,
 )
 from trueward.data.rows import split_by_prompt
+from trueward.models.backbone import default_device
 from trueward.models.lora_ensemble import AdapterDiversity
 from trueward.models.reward_function import (
     Reward,
@@ -43,12 +45,12 @@ from trueward.train.attributes import (
     train_attributes,
     train_gating,
 )
-from trueward.train.brme import PRESETS, BRMEConfig, train_brme
+from trueward.train.brme import PRESETS, BRMEConfig, require_ratings, train_brme
 from trueward.train.energy import EnergyConfig, train_energy
 from trueward.train.laplace import LaplaceConfig, fit_laplace
 from trueward.train.loop import seed_of
 from trueward.train.reward import RewardConfig, own_completions, train_reward
-from trueward.train.run_folder import RunFolder, finished_summary
+from trueward.train.run_folder import RunFolder, finished_summary, keep_config
 
 Maker = Callable[..., RewardModel]  # RewardModel.from_backbone, its backbone given
 Reference = tuple[Sequence[Prompt], Sequence[Completion]]
@@ -103,7 +105,8 @@ class FamilyConfig:
     members: int = 5  # of heads, brme, deep and lora; draws of laplace, unless it has none
     stage1: str = ""  # a finished single head for brme, attributes, energy, laplace; empty: train
     # Which loss and target `brme` has: its own fields', or those of a preset. faithful is the
-    # paper as told (stds collapse), sound the likelihood of ratings, pairs the one of comparisons.
+    # paper as told (stds collapse), sound the likelihood of ratings, pairs that of comparisons
+    # alone, whose stds mostly collapse too.
     preset: Literal["none", "faithful", "sound", "pairs"] = "none"
     # attributes: JSONL with prompt, completion and a number for each attribute, as HelpSteer2 has
     # them; empty: measured on the text, beside stage 1's score.
@@ -169,7 +172,7 @@ class Job:
             metrics |= self.evaluation(load_family(self.folder))
         config = {"family": self.config, "train": self.train}
         run = RunFolder(self.folder, command="reward", config=config)
-        run.finish(metrics, seed=self.train.seed)
+        run.finish(metrics, seed=self.train.seed, seconds=seconds_of(self.folder))
 
 
 def train_family(
@@ -208,6 +211,8 @@ def train_family(
         A reward model, or a list of them for `deep`.
     """
     folder = Path(output_dir)
+    # Beside the configurations of the parts: another family's folder must not pass for this one's.
+    keep_config(folder / "family.yaml", {"family": config, "train": train})
     if finished_summary(folder) is None:
         job = Job(
             make=make,
@@ -229,6 +234,12 @@ def load_family(output_dir: str | Path) -> Reward:
     """Return what `train_family` trained: a reward model, or a list of several."""
     models = load_reward_models(Path(output_dir) / "model")
     return models[0] if len(models) == 1 else models
+
+
+def seconds_of(output_dir: str | Path) -> float:
+    """Return how long all parts of a family were trained, whatever was resumed in between."""
+    summaries = [finished_summary(file.parent) for file in Path(output_dir).rglob("summary.json")]
+    return sum(float(summary["seconds"]) for summary in summaries if summary is not None)
 
 
 # --- trained on pairs ---
@@ -261,7 +272,8 @@ def _deep(job: Job) -> None:
     for k, name in enumerate(names):
         # Its own seed: of the head, and of the order of the data.
         seed = seed_of(job.train.seed, "member", k) if k else job.train.seed
-        _train_one(job, job.folder / "model" / name, seed=seed)
+        report = job.report if k == 0 else None  # a row is reported once
+        _train_one(job, job.folder / "model" / name, seed=seed, report=report)
     save_ensemble(job.folder / "model", [f"{name}/model" for name in names])
     job.finish(_mean_numbers([job.folder / "model" / name for name in names]))
 
@@ -278,16 +290,18 @@ def _warm(job: Job) -> None:
                 f"{len(job.preferences)} pairs of too few prompts to keep some for the selection "
                 "of members: give more."
             )
-    start = probe_head(job.make(seed=train.seed), rows)
     folders = [job.folder / "members" / str(k) for k in range(config.candidates)]
     settings = diverse_members(
         config.candidates,
         learning_rates=[train.learning_rate * scale for scale in config.learning_rate_scales],
         dropouts=config.dropouts,
-        seed=train.seed,
+        seed=seed_of(train.seed, "warm") % 2**31,
     )
+    start: RewardModel | None = None
     for k, (own, folder) in enumerate(zip(settings, folders, strict=True)):
         if finished_summary(folder) is None:
+            if start is None:
+                start = probe_head(job.make(seed=train.seed).to(default_device()), rows)
             train_reward(
                 start_member(start, own),
                 rows,
@@ -316,6 +330,7 @@ def _warm(job: Job) -> None:
 def _brme(job: Job) -> None:
     preset = PRESETS.get(job.config.preset, {})
     config = replace(_like(job.train, job.config.brme), members=job.config.members, **preset)
+    require_ratings(job.preferences, config)  # before hours of stage 1
     train_brme(_stage1(job), job.preferences, config, **job.common)
 
 
@@ -332,10 +347,10 @@ def _laplace(job: Job) -> None:
 
 
 def _attributes(job: Job) -> None:
-    stage1, options = _stage1(job), job.config
-    if options.ratings:
-        rated = read_ratings(options.ratings)
-    else:  # for want of people's ratings: what the text itself shows, and stage 1's score
+    options = job.config
+    rated = read_ratings(options.ratings) if options.ratings else []  # before hours of stage 1
+    stage1 = _stage1(job)
+    if not rated:  # for want of people's ratings: what the text itself shows, and stage 1's score
         rated = rated_by_text(job.preferences, {"stage1": stage1})
     folder = job.folder / "attributes"
     if finished_summary(folder) is None:
@@ -348,27 +363,30 @@ def _attributes(job: Job) -> None:
 def read_ratings(source: str | Path) -> list[RatedRow]:
     """Read JSONL rows with `prompt`, `completion` and a number for each attribute rated.
 
+    Every column of numbers is an attribute; `attributes.attributes` names those to learn.
+
     Raises:
         DataError: A row lacks prompt or completion.
     """
     rows = []
     for line, row in read_jsonl(source):
         where = f"{source}, line {line}"
-        if not {"prompt", "completion"} <= set(row):
+        completion = row.get("completion", row.get("response"))  # HelpSteer2 has responses
+        if "prompt" not in row or completion is None:
             raise DataError(f"{where}: needs 'prompt' and 'completion' beside its ratings.")
         ratings = {
             key: float(value)
             for key, value in row.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        rows.append(RatedRow(row["prompt"], row["completion"], ratings, where))
+        rows.append(RatedRow(row["prompt"], completion, ratings, where))
     return rows
 
 
 def _stage1(job: Job) -> RewardModel:
     if job.config.stage1:
         return job.load(Path(job.config.stage1))
-    _train_one(job, job.folder / "stage1", seed=job.train.seed)
+    _train_one(job, job.folder / "stage1", seed=job.train.seed, report=None)  # stage 2 reports
     return job.load(job.folder / "stage1" / "model")
 
 
@@ -391,7 +409,7 @@ def _like(train: RewardConfig, config: ConfigT) -> ConfigT:
     return replace(config, **values)  # type: ignore[type-var]
 
 
-def _train_one(job: Job, folder: Path, *, seed: int) -> None:
+def _train_one(job: Job, folder: Path, *, seed: int, report: LoadReport | None) -> None:
     """Train a single head in a folder of its own, unless it is there."""
     if finished_summary(folder) is None:
         train_reward(
@@ -400,7 +418,7 @@ def _train_one(job: Job, folder: Path, *, seed: int) -> None:
             replace(job.train, seed=seed),
             output_dir=folder,
             reference=job.reference,
-            report=job.report if seed == job.train.seed else None,  # a row is reported once
+            report=report,
         )
 
 

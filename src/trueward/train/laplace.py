@@ -456,7 +456,7 @@ def _states(
 
 def _with_head(stage1: RewardModel, head: LaplaceHead) -> RewardModel:
     model = RewardModel(stage1.backbone, head, stage1.tokenizer, max_length=stage1.max_length)
-    model.facts = {k: v for k, v in stage1.facts.items() if k == "base"}
+    model.facts = {k: v for k, v in stage1.facts.items() if k in ("base", "training data")}
     return model.to(stage1.device).eval()
 
 

@@ -143,6 +143,20 @@ class RunFolder:
         write_text(file, "".join(line + "\n" for line in kept))
 
 
+def keep_config(path: Path, config: object) -> None:
+    """Write a configuration to a file of its own, or refuse one that differs from what is there.
+
+    Raises:
+        DataError: Names what differs.
+    """
+    resolved = to_plain(config)
+    if path.exists():
+        _refuse_other_config(path, resolved, _FREE_FIELDS)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, yaml.safe_dump(resolved, sort_keys=False))
+
+
 def resolved_keys(saved: Path) -> set[str]:
     """Return the top-level keys of a saved configuration."""
     return set(yaml.safe_load(saved.read_text("utf-8")) or {})
