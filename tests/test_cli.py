@@ -384,7 +384,7 @@ def test_the_commands_run_one_after_another(folder: Path, capsys: pytest.Capture
         assert run(step, folder) == 0, capsys.readouterr().err
     way = folder / "way"
     summary = json.loads((way / "reward" / "summary.json").read_text())
-    assert 0 <= summary["metrics"]["held_out/accuracy"] <= 1
+    assert 0 <= summary["metrics"]["test/accuracy"] <= 1
     scored = [json.loads(line) for line in (way / "scores.jsonl").read_text().splitlines()]
     assert len(scored) == 4
     assert len(scored[0]["reward"]) == len(scored[0]["std"]) == 4

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "the whole story on the embedded world, in minutes, without a download",
     "sft": "train a policy on demonstrations",
-    "reward": "train a reward model on preferences",
+    "reward": "train a reward on preferences: a single head, or any family with an uncertainty",
     "policy": "optimise a policy against a reward: ppo, rloo or grpo",
     "sample": "draw completions: prompts in, JSONL out",
     "score": "score completions: JSONL in, JSONL out",

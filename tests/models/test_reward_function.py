@@ -1,14 +1,16 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trueward.models.reward_function import posterior_function
+from trueward.data.formats import DataError
+from trueward.models.reward_function import load_reward_models, posterior_function, save_ensemble
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
-from trueward.testing import tiny_backbone
+from trueward.testing import tiny_backbone, tiny_tokenizer
 
 PROMPTS, COMPLETIONS = ["the cat", "the dog", "a bird"], ["runs", "sees a tree", "sleeps today"]
 
@@ -141,3 +143,18 @@ def test_a_wrong_shape_and_a_missing_return_are_refused() -> None:
         posterior_function(lambda p, c: None)(PROMPTS, COMPLETIONS)
     with pytest.raises(ValueError, match="one number for each completion"):
         posterior_function(lambda p, c: 1.0)(PROMPTS, COMPLETIONS)
+
+
+def test_a_runs_folder_stands_for_its_model(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model = RewardModel.from_backbone(tiny_backbone(vocab_size=len(tokenizer)), tokenizer)
+    model.save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    (loaded,) = load_reward_models(tmp_path / "run")
+    assert torch.equal(loaded.score(["a"], ["b"]).means, model.score(["a"], ["b"]).means)
+    save_ensemble(tmp_path / "both", ["../run/model", "../run/model"])
+    assert len(load_reward_models(tmp_path / "both", tmp_path / "run")) == 3
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "ensemble.json").write_text('{"members": []}')
+    with pytest.raises(DataError, match="names no members"):
+        load_reward_models(tmp_path / "none")

@@ -148,8 +148,16 @@ def test_what_is_finished_is_not_trained_again(trained: dict[str, Path]) -> None
         raise AssertionError(f"trained again with {options}")
 
     for family, folder in trained.items():
-        again = train_family(refuse, ROWS, config(family), TRAIN, output_dir=folder)
+        made = config(family)
+        if family in ("brme", "attributes", "energy", "laplace"):
+            made = replace(made, stage1=str(trained["single"] / "model"))
+        again = train_family(refuse, ROWS, made, TRAIN, output_dir=folder)
         assert torch.equal(scored(again).means, scored(load_family(folder)).means)
+
+
+def test_another_familys_folder_does_not_pass_for_this_ones(trained: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match=r"holds a run with family\.family='single'"):
+        train_family(make, ROWS, config("heads"), TRAIN, output_dir=trained["single"])
 
 
 def test_a_killed_deep_ensemble_trains_the_missing_members_alone(tmp_path: Path) -> None:
@@ -210,6 +218,14 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         FamilyConfig(family="deep", stage1="somewhere")
     with pytest.raises(ValueError, match="preset is for family=brme"):
         FamilyConfig(family="single", preset="sound")
+    with pytest.raises(ValueError, match="ratings is for family=attributes, got family=deep"):
+        FamilyConfig(family="deep", ratings="file")
+    with pytest.raises(ValueError, match=r"preset=pairs sets brme\.loss and brme\.target"):
+        FamilyConfig(
+            family="brme", preset="pairs", brme=BRMEConfig(loss="mse_reparam", target="rating")
+        )
+    with pytest.raises(ValueError, match=r"lora\. options are for family=lora, got family=heads"):
+        FamilyConfig(family="heads", lora=LoRAEnsembleConfig(rank=2)).require_own_options()
     with pytest.raises(ValueError, match="members must be at least 1, got 0"):
         FamilyConfig(members=0)
     with pytest.raises(ValueError, match=r"best must lie between 1 and candidates \(2\), got 3"):

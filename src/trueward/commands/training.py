@@ -17,6 +17,7 @@ from trueward.commands.shared import (
 )
 from trueward.data.formats import (
     Completion,
+    DataError,
     Prompt,
     load_demonstrations,
     load_preferences,
@@ -77,6 +78,14 @@ class RewardCommand(FamilyConfig):
     data: DataOptions = field(default_factory=DataOptions)
     train: RewardConfig = field(default_factory=RewardConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_own_options()
+        if self.lora_rank and self.family == "lora":
+            raise ValueError("family=lora has adapters of its own: set --lora.rank, not lora_rank.")
+        if self.selection and self.family != "warm":
+            raise ValueError(f"selection is for family=warm, got family={self.family}.")
+
 
 def reward(config: RewardCommand) -> None:
     """Train a reward and save it in `output_dir/model`."""
@@ -84,7 +93,7 @@ def reward(config: RewardCommand) -> None:
         return
     loaded = load_preferences(config.preferences, **config.data.arguments())
     rows, held_out = split_by_prompt(loaded.rows, fraction=config.held_out, seed=config.train.seed)
-    sets = {"held_out": held_out} if held_out else {}
+    sets = {"test": held_out} if held_out else {}  # trainers have a held_out of their own
     for name, source in config.evaluation.items():
         more = load_preferences(source, **config.data.arguments())
         console.print(more.report.summary(), highlight=False)
@@ -180,6 +189,12 @@ def refine(config: RefineCommand) -> None:
     out = Path(config.output_dir)
     loaded = load_preferences(config.preferences, **config.data.arguments())
     current = RewardModel.from_pretrained(config.reward_model)
+    kind = current.head.describe()["kind"] if current.head is not None else "published"
+    if kind not in ("scalar", "gaussian") and not config.warm_start:
+        raise DataError(
+            f"refine makes scalar or Gaussian heads anew, and {config.reward_model} has a {kind} "
+            "head: give one of those, or train on with warm_start."
+        )
     model = current
     if not config.warm_start:
         members = current.members if current.members > 1 else 0

@@ -30,6 +30,12 @@ from trueward.data.formats import (
 )
 from trueward.data.rows import split_by_prompt, text_of
 from trueward.evaluate.diagnosis import Diagnosis, diagnose
+from trueward.evaluate.out_of_distribution import (
+    OutOfDistribution,
+    answers_beside,
+    made_completions,
+    read_answers,
+)
 from trueward.evaluate.preferences import evaluate_preferences
 from trueward.lab.processes import State, Task, only_one, run_tasks
 from trueward.models.reward_function import Reward, fitting_rows, posterior_function
@@ -71,6 +77,7 @@ class FamilyMethod(FamilyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_own_options()
         if self.family in POST_HOC and (self.epochs_scale, self.learning_rate_scale) != (1, 1):
             raise ValueError(
                 f"family={self.family} stands on the single head's training: epochs_scale and "
@@ -138,7 +145,11 @@ def run_families(config: FamiliesConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with only_one(out):
         folder = RunFolder(out, command="families", config=config, free=MAY_CHANGE)
-        (out / "summary.json").unlink(missing_ok=True)
+        for stale in ("summary.json", "failures.txt"):  # of a run before this one
+            (out / stale).unlink(missing_ok=True)
+        for source in config.out_of_distribution.values():  # refused before hours of training
+            read_answers(source)
+        read_rows(config, config.first_seed)
         outcomes = run_tasks(_tasks(config), processes=config.processes, on_change=_teller())
         failed = {name: o for name, o in outcomes.items() if o.state == "failed"}
         results = read_results(config)
@@ -294,7 +305,7 @@ def train_and_diagnose(config: FamiliesConfig, seed: int, name: str) -> None:
     _remember(config, reward)
     rows = {n: fitting_rows(reward, some) for n, some in test.items()}
     together = [row for some in rows.values() for row in some]
-    found = diagnose(reward, together, seed=seed)
+    found = diagnose(reward, together, out_of_distribution=kinds(config, together, seed), seed=seed)
     result = numbers_of(found)
     result |= calibration(reward, together)
     for n, some in ((n, some) for n, some in rows.items() if some):
@@ -305,6 +316,18 @@ def train_and_diagnose(config: FamiliesConfig, seed: int, name: str) -> None:
     result["training seconds"] = seconds_of(folder)
     written = {"numbers": result, "verdicts": found.verdicts, "diagnosis": asdict(found)}
     write_text(folder / "result.json", json.dumps(written))
+
+
+def kinds(
+    config: FamiliesConfig, rows: Sequence[PreferenceRow], seed: int
+) -> dict[str, OutOfDistribution]:
+    """Return completions that the data did not cover, by kind: made ones, and those of files."""
+    prompts = [row.prompt for row in rows]
+    made = made_completions(prompts, [row.chosen for row in rows], seed=seed)
+    found: dict[str, OutOfDistribution] = dict(made.completions)
+    for name, source in config.out_of_distribution.items():
+        found[name] = answers_beside(prompts, *read_answers(source), seed=seed).completions
+    return found
 
 
 def calibration(reward: Reward, rows: Sequence[PreferenceRow]) -> dict[str, float]:
@@ -398,7 +421,7 @@ def _embed(config: FamiliesConfig, seed: int, rows: Sequence[PreferenceRow]) -> 
     model.score([prompts[i] for i in fitting], [completions[i] for i in fitting])
     _, test = seed_rows(config, seed)
     together = [row for some in test.values() for row in fitting_rows(model, some)]
-    diagnose(model, together, seed=seed)
+    diagnose(model, together, out_of_distribution=kinds(config, together, seed), seed=seed)
     backbone.save_embeddings(store, name=f"seed-{seed}")
 
 

@@ -31,11 +31,15 @@ def save_ensemble(folder: str | Path, members: Sequence[str]) -> None:
 def load_reward_models(*names: str | Path) -> list[RewardModel]:
     """Load reward models by folder or hub id; a folder saved as an ensemble gives its members.
 
+    A run's folder stands for the `model` in it.
+
     Raises:
         DataError: One of them cannot be read, or an ensemble names no members.
     """
     models: list[RewardModel] = []
     for name in names:
+        if (Path(name) / "summary.json").is_file() and (Path(name) / "model").is_dir():
+            name = Path(name) / "model"
         listing = Path(name) / ENSEMBLE
         if not listing.is_file():
             models.append(RewardModel.from_pretrained(name))

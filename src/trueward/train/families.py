@@ -2,8 +2,8 @@
 
 A family is a way to a posterior: what is trained, how often, and from what. Each ends as a folder
 `model` that `models.reward_function.load_reward_models` reads again. `brme`, `attributes`,
-`energy` and `laplace` stand on a finished single head, which is trained first where none is given, on
-all of the pairs: what they then hold out, to judge their own stage, stage 1 has seen.
+`energy` and `laplace` stand on a finished single head, which is trained first where none is given,
+on all of the pairs: what they then hold out, to judge their own stage, stage 1 has seen.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ class WARMConfig:
     best: int = 6  # members averaged: those of highest accuracy on the selection rows
     # Of `train.learning_rate`: the paper's 1e-5, 4e-5 and 1e-4 about their middle.
     learning_rate_scales: tuple[float, ...] = (0.25, 1.0, 2.5)
-    dropouts: tuple[float, ...] = DROPOUTS
+    dropouts: tuple[float, ...] = DROPOUTS  # the paper's; they go round with the rates
     selection: float = 0.1  # share of the prompts kept for the selection, where no rows are given
 
     def __post_init__(self) -> None:
@@ -111,13 +111,14 @@ class FamilyConfig:
     # attributes: JSONL with prompt, completion and a number for each attribute, as HelpSteer2 has
     # them; empty: measured on the text, beside stage 1's score.
     ratings: str = ""
-    brme: BRMEConfig = field(default_factory=BRMEConfig)
-    lora: LoRAEnsembleConfig = field(default_factory=LoRAEnsembleConfig)
-    warm: WARMConfig = field(default_factory=WARMConfig)
-    attributes: AttributeConfig = field(default_factory=AttributeConfig)
-    gating: GatingConfig = field(default_factory=GatingConfig)
-    energy: EnergyConfig = field(default_factory=EnergyConfig)
-    laplace: LaplaceConfig = field(default_factory=LaplaceConfig)
+    # What a family alone has. Seed, lengths, precision and bookkeeping are those of `train`.
+    brme: BRMEConfig = field(default_factory=BRMEConfig)  # family=brme
+    lora: LoRAEnsembleConfig = field(default_factory=LoRAEnsembleConfig)  # family=lora
+    warm: WARMConfig = field(default_factory=WARMConfig)  # family=warm
+    attributes: AttributeConfig = field(default_factory=AttributeConfig)  # family=attributes, 1st
+    gating: GatingConfig = field(default_factory=GatingConfig)  # family=attributes, 2nd stage
+    energy: EnergyConfig = field(default_factory=EnergyConfig)  # family=energy
+    laplace: LaplaceConfig = field(default_factory=LaplaceConfig)  # family=laplace
 
     def __post_init__(self) -> None:
         if self.members < 1:
@@ -129,6 +130,28 @@ class FamilyConfig:
             )
         if self.preset != "none" and self.family != "brme":
             raise ValueError(f"preset is for family=brme, got family={self.family}.")
+        if self.ratings and self.family != "attributes":
+            raise ValueError(f"ratings is for family=attributes, got family={self.family}.")
+        chosen = (self.brme.loss, self.brme.target)
+        preset = PRESETS.get(self.preset)
+        if preset and chosen not in ((BRMEConfig().loss, BRMEConfig().target), (*preset.values(),)):
+            raise ValueError(
+                f"preset={self.preset} sets brme.loss and brme.target: leave them, or the preset, "
+                "out."
+            )
+
+    def require_own_options(self) -> None:
+        """Refuse options that the family does not read: they would be ignored in silence.
+
+        Raises:
+            ValueError: Another family's option is not at its default.
+        """
+        for name, made in _OPTIONS.items():
+            owner = "attributes" if name == "gating" else name
+            if self.family != owner and getattr(self, name) != made():
+                raise ValueError(
+                    f"{name}. options are for family={owner}, got family={self.family}."
+                )
 
 
 # What belongs to a run as a whole, not to one of its trainings.
@@ -138,6 +161,15 @@ _SHARED = (
 )
 ConfigT = TypeVar("ConfigT")
 
+_OPTIONS: dict[str, Callable[[], object]] = {
+    "brme": BRMEConfig,
+    "lora": LoRAEnsembleConfig,
+    "warm": WARMConfig,
+    "attributes": AttributeConfig,
+    "gating": GatingConfig,
+    "energy": EnergyConfig,
+    "laplace": LaplaceConfig,
+}
 POST_HOC = ("brme", "attributes", "energy", "laplace")
 
 
