@@ -316,7 +316,14 @@ def test_members_start_as_the_base_with_adapters_and_heads_of_their_own(
 def test_the_share_of_the_layers_from_the_top_is_adapted(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    for share, total, count in [(0.25, 8, 2), (0.25, 2, 1), (1.0, 6, 6), (0.01, 30, 1), (3, 4, 3)]:
+    for share, total, count in [
+        (0.25, 8, 2),
+        (0.25, 7, 2),
+        (0.25, 2, 1),
+        (1.0, 6, 6),
+        (0.01, 30, 1),
+        (3, 4, 3),
+    ]:
         assert layer_count(float(share), total) == count
     model = made(tokenizer, share=0.5, layers=4)
     assert {key.split("/")[0] for key in model.lora.adapters} == {"2", "3"}
@@ -512,9 +519,28 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(
         assert not torch.equal(weight, before.lora.state_dict()[name]), name
     margins = model.score(*own_completions(ROWS)).means
     margins = margins[0::2] - margins[1::2]
-    assert ((margins > 0).float().mean(0) > 0.9).all()  # of every member
+    assert ((margins > 0).float().mean(0) > 0.8).all()  # of every member
     again = RewardModel.from_pretrained(tmp_path / "model")
     assert torch.equal(again.lora.state_dict()[name], weight)
+
+
+def test_members_that_learn_by_their_mean_all_see_every_pair(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    weights = {}
+    for member_loss in ("each", "mean"):
+        for subset in (0.5, 1.0):
+            config = RewardConfig(
+                learning_rate=1e-2,
+                warmup_ratio=0.0,
+                member_loss=member_loss,
+                subset=subset,
+                progress=False,
+            )
+            model = train_reward(fresh(tokenizer), ROWS[:8], config)
+            weights[member_loss, subset] = model.head.weight
+    assert torch.equal(weights["mean", 0.5], weights["mean", 1.0])
+    assert not torch.equal(weights["each", 0.5], weights["each", 1.0])
 
 
 def test_the_diversity_term_keeps_adapters_further_apart(

@@ -122,9 +122,7 @@ class SentenceBackbone(PreTrainedModel):
         state = self.norm(self.embed(input_ids, attention_mask))
         for layer in self.trunk:
             state = self.dropout(nn.functional.gelu(layer(state)))
-        return BaseModelOutput(
-            last_hidden_state=state[:, None].expand(-1, input_ids.shape[1], -1)
-        )
+        return BaseModelOutput(last_hidden_state=state[:, None].expand(-1, input_ids.shape[1], -1))
 
     @torch.no_grad()
     def embed(
@@ -143,7 +141,6 @@ class SentenceBackbone(PreTrainedModel):
                 self.embeddings[key] = embedding.clone()
         found = torch.stack([self.embeddings[key] for key in keys])
         return found.to(input_ids.device)
-
 
     def save_embeddings(self, folder: str | Path, *, name: str) -> None:
         """Write what was embedded so far to `folder/NAME.safetensors`."""
