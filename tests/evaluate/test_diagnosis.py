@@ -16,7 +16,6 @@ from trueward.evaluate.calibration import uncertainty_auroc
 from trueward.evaluate.diagnosis import (
     Diagnosis,
     diagnose,
-    diagnosis_table,
     mean_pairwise_correlation,
     measured_spearman,
     member_spread,
@@ -699,56 +698,6 @@ def test_every_question_has_its_verdict() -> None:
     beginnings = [verdict.split(" (")[0][:24] for verdict in diagnosis.verdicts]
     assert len(beginnings) == 1 + 1 + 3 + 3 + 1  # members, own stds, error, text, nominal
     assert all(verdict.endswith(".") for verdict in diagnosis.verdicts)
-
-
-# --- Table --------------------------------------------------------------------------------------
-
-
-def test_table_has_a_row_for_each_uncertainty_of_each_reward() -> None:
-    rows = tiny_rows()
-    full = diagnose(hashed, rows, out_of_distribution={"odd": [f"odd {i}" for i in range(40)]})
-    scalar = diagnosed(draws(20, 1) + 1, draws(20, 1, seed=1), draws(20, 1, seed=2))
-    columns, cells = diagnosis_table({"ensemble": full, "scalar": scalar})
-    assert all(len(row) == len(columns) for row in cells)
-    found = [dict(zip(columns, row, strict=True)) for row in cells]
-    assert [(row["reward"], row["uncertainty"]) for row in found] == [
-        ("ensemble", "std between members"),
-        ("ensemble", "members' own std"),
-        ("ensemble", "total std"),
-        ("scalar", None),
-    ]
-    signal = full.uncertainties["own"]
-    assert signal.error_correlation is not None
-    assert signal.wrong_correlation is not None
-    assert full.own_stds is not None
-    assert full.nominal is not None
-    assert found[1] == {
-        "reward": "ensemble",
-        "uncertainty": "members' own std",
-        "members": 4,
-        "pairs": 40,
-        "accuracy": full.accuracy.value,
-        "accuracy low": full.accuracy.low,
-        "accuracy high": full.accuracy.high,
-        "ECE": full.ece,
-        "Brier": full.brier,
-        "correlation of members": full.member_correlation,
-        "correlation of errors": full.member_error_correlation,
-        "spread of members": full.member_spread,
-        "own std 90 % / 10 %": full.own_stds.ratio,
-        "nominal entropy": full.nominal.entropy,
-        "nominal gain": full.nominal.gain.value,
-        "correlation with error": signal.error_correlation.value,
-        "error low": signal.error_correlation.low,
-        "error high": signal.error_correlation.high,
-        "correlation with wrong order": signal.wrong_correlation.value,
-        "wrong low": signal.wrong_correlation.low,
-        "wrong high": signal.wrong_correlation.high,
-        "AUROC odd": signal.auroc["odd"].value,
-        "AUROC foreign": None,
-    }
-    assert found[3]["accuracy"] == scalar.accuracy.value
-    assert [found[3][name] for name in columns[9:]] == [None] * (len(columns) - 9)
 
 
 # --- Errors -------------------------------------------------------------------------------------

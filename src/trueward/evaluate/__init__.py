@@ -28,9 +28,7 @@ from trueward.evaluate.comparison import (
 )
 from trueward.evaluate.diagnosis import (
     Diagnosis,
-    DiagnosisTable,
     diagnose,
-    diagnosis_table,
 )
 from trueward.evaluate.judges import (
     ChatJudge,
@@ -73,7 +71,6 @@ __all__ = [
     "OUT_OF_DISTRIBUTION",
     "ChatJudge",
     "Diagnosis",
-    "DiagnosisTable",
     "Estimate",
     "Interval",
     "Judge",
@@ -99,7 +96,6 @@ __all__ = [
     "bootstrap_interval",
     "brier_score",
     "diagnose",
-    "diagnosis_table",
     "evaluate_preferences",
     "expected_calibration_error",
     "fit_best_of_n_law",

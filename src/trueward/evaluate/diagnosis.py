@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -37,7 +36,6 @@ from trueward.evaluate.preferences import (
     mean_interval,
 )
 from trueward.evaluate.verdicts import (
-    LABELS,
     Measured,
     collapsed_std_verdict,
     error_verdict,
@@ -262,38 +260,6 @@ def diagnose(
         own_stds=own_std_distribution(sides.stds) if sides.stds is not None else None,
         nominal=nominal_member(sides, confidence) if several and sides.stds is not None else None,
     )
-
-
-class DiagnosisTable(NamedTuple):
-    """Rows under columns, None where there is nothing to say."""
-
-    columns: list[str]
-    rows: list[list[str | float | int | None]]
-
-
-def diagnosis_table(diagnoses: Mapping[str, Diagnosis]) -> DiagnosisTable:
-    """Diagnoses side by side: a row for each reward and each of its uncertainties.
-
-    A reward without an uncertainty has one row, and kinds of out-of-distribution completions that
-    only some were asked about are empty for the others.
-    """
-    kinds = list(dict.fromkeys(kind for d in diagnoses.values() for kind in d.out_of_distribution))
-    columns = [
-        "reward", "uncertainty", "members", "pairs",
-        "accuracy", "accuracy low", "accuracy high", "ECE", "Brier",
-        "correlation of members", "correlation of errors", "spread of members",
-        "own std 90 % / 10 %", "nominal entropy", "nominal gain",
-        "correlation with error", "error low", "error high",
-        "correlation with wrong order", "wrong low", "wrong high",
-        *(f"AUROC {kind}" for kind in kinds),
-    ]  # fmt: skip
-    rows: list[list[str | float | int | None]] = []
-    for name, diagnosis in diagnoses.items():
-        signals: Mapping[str, UncertaintySignal | None] = diagnosis.uncertainties or {"": None}
-        for uncertainty, signal in signals.items():
-            cells = [*_reward_cells(diagnosis), *_signal_cells(signal, kinds)]
-            rows.append([name, LABELS.get(uncertainty), *cells])
-    return DiagnosisTable(columns, rows)
 
 
 # --- Numbers ------------------------------------------------------------------------------------
@@ -528,32 +494,3 @@ def _share_below(
     left = torch.searchsorted(ordered, values, right=False)
     right = torch.searchsorted(ordered, values, right=True)
     return (left + right).double() / (2 * others.numel())
-
-
-def _reward_cells(diagnosis: Diagnosis) -> list[float | int | None]:
-    accuracy, nominal, own = diagnosis.accuracy, diagnosis.nominal, diagnosis.own_stds
-    return [
-        diagnosis.members,
-        diagnosis.pairs,
-        accuracy.value,
-        accuracy.low,
-        accuracy.high,
-        diagnosis.ece,
-        diagnosis.brier,
-        diagnosis.member_correlation,
-        diagnosis.member_error_correlation,
-        diagnosis.member_spread,
-        own.ratio if own is not None else None,
-        nominal.entropy if nominal is not None else None,
-        nominal.gain.value if nominal is not None else None,
-    ]
-
-
-def _signal_cells(signal: UncertaintySignal | None, kinds: Sequence[str]) -> list[float | None]:
-    if signal is None:
-        return [None] * (6 + len(kinds))
-    cells: list[float | None] = []
-    for measured in (signal.error_correlation, signal.wrong_correlation):
-        cells += [measured.value, measured.low, measured.high] if measured else [None] * 3
-    found = [signal.auroc.get(kind) for kind in kinds]
-    return cells + [auroc.value if auroc is not None else None for auroc in found]
