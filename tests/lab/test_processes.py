@@ -341,7 +341,7 @@ def test_whatever_ends_a_run_ends_its_workers_and_frees_its_folder(
         else:
             process.send_signal(by)
         # The workers hold their ends of stdout and stderr: all of it is read when they are gone.
-        _, errors = process.communicate(timeout=10)
+        _, errors = process.communicate(timeout=60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

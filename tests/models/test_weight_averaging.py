@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from trueward.data.formats import DataError, LoadReport, PreferenceRow
 from trueward.models.heads import ScalarHead
 from trueward.models.laplace import LaplaceHead
-from trueward.models.lora_ensemble import MemberHeads
 from trueward.models.reward_function import posterior_function
 from trueward.models.reward_model import RewardModel
 from trueward.models.sentence_backbone import SentenceBackbone, SentenceConfig
@@ -312,13 +311,15 @@ def test_tokenizers_that_differ_are_named() -> None:
 
 
 def test_heads_without_a_mean_are_refused_with_what_to_do() -> None:
-    model, width = made(), 32
-    heads = {
-        "fit it again on their average": LaplaceHead(width),
-        "average single heads": MemberHeads(width),
+    model = made()
+    body = tiny_backbone(vocab_size=len(TOKENIZER))
+    others = {
+        "fit it again on their average": RewardModel(body, LaplaceHead(32), TOKENIZER),
+        "average single heads": RewardModel.from_backbone(
+            body, TOKENIZER, lora_members=2, lora_rank=2
+        ),
     }
-    for told, head in heads.items():
-        other = RewardModel(model.backbone, head, TOKENIZER)
+    for told, other in others.items():
         with pytest.raises(ValueError, match=told):
             average_weights([other, other])
         with pytest.raises(ValueError, match=told):
