@@ -309,6 +309,8 @@ def start(tmp_path: Path, work: ModuleType, guard: str) -> "subprocess.Popen[str
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         start_new_session=True,
+        # A shell starts what runs in the background with interrupts ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -341,7 +343,7 @@ def test_whatever_ends_a_run_ends_its_workers_and_frees_its_folder(
         else:
             process.send_signal(by)
         # The workers hold their ends of stdout and stderr: all of it is read when they are gone.
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=30)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -354,7 +356,7 @@ def test_whatever_ends_a_run_ends_its_workers_and_frees_its_folder(
 
 def test_a_script_without_the_main_guard_is_told_so(tmp_path: Path, work: ModuleType) -> None:
     process = start(tmp_path, work, "if True")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "RuntimeError: 3 worker processes in a row ended before they could take" in errors
     assert "under `if __name__ == '__main__':`" in errors
