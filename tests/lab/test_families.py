@@ -1,5 +1,6 @@
 """The table of families: its rows over seeds, what it costs, what it refuses, what it writes."""
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -10,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from trueward.data.formats import DataError
+from trueward.data.formats import DataError, PreferenceRow
 from trueward.data.sources import write_jsonl
+from trueward.evaluate.preferences import evaluate_preferences
 from trueward.lab import families as lab
 from trueward.lab.families import (
     FamiliesConfig,
     FamilyMethod,
+    calibration,
     cost,
     numbers_of,
     read_results,
@@ -127,12 +130,22 @@ def test_cost_counts_the_passes_of_an_ensemble() -> None:
         RewardModel.from_backbone(tiny_backbone(vocab_size=len(tokenizer)), tokenizer, seed=s)
         for s in range(3)
     ]
-    from trueward.data.formats import PreferenceRow
-
     rows = [PreferenceRow(*row) for row in tiny_preferences(4)]
     found = cost(models, models[0], rows, repeats=1)
     assert found["passes"] == pytest.approx(3.0)
     assert found["seconds ratio"] > 1.0
+
+
+def test_calibration_is_that_of_the_models_own_logits_whatever_its_saved_scale() -> None:
+    tokenizer = make_tokenizer()
+    body = tiny_backbone(vocab_size=len(tokenizer))
+    model = RewardModel.from_backbone(body, tokenizer, seed=1).eval()
+    model.reward_mean, model.reward_std = torch.tensor([2.0]), torch.tensor([5.0])
+    rows = [PreferenceRow(*row) for row in tiny_preferences(20)]
+    raw = evaluate_preferences(functools.partial(model.score, normalise=False), rows)
+    found = calibration(model, rows)
+    assert found["Brier"] == pytest.approx(raw["brier"], abs=1e-5)
+    assert found["ECE"] == pytest.approx(raw["ece"], abs=1e-5)
 
 
 def test_an_estimate_over_seeds_is_paired_and_needs_a_number_of_every_seed() -> None:
@@ -157,7 +170,6 @@ def test_the_last_uncertainty_there_is_is_the_tables() -> None:
     def reward(prompts: Any, completions: Any) -> Tensor:
         return torch.tensor([float(len(c)) for c in completions])
 
-    from trueward.data.formats import PreferenceRow
     from trueward.evaluate.diagnosis import diagnose
 
     rows = [PreferenceRow(*row) for row in tiny_preferences(12)]
