@@ -17,6 +17,11 @@ from markupsafe import escape
 from trueward.cli import COMMANDS, main, usage
 from trueward.data.formats import load_preferences
 from trueward.evaluate.diagnosis import diagnose
+from trueward.evaluate.multiple_choice import (
+    evaluate_multiple_choice,
+    lettered,
+    load_questions,
+)
 from trueward.evaluate.out_of_distribution import OUT_OF_DISTRIBUTION
 from trueward.evaluate.preferences import evaluate_preferences
 from trueward.models.policy import Policy
@@ -72,6 +77,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(
         root / "to_score.jsonl", [{"prompt": p, "completion": c} for p, c, _ in tiny_preferences(6)]
     )
+    words = ["cat", "a big dog", "the red bird sees"]
+    for name, end in (("before", ""), ("after", " then runs quickly")):
+        write(
+            root / f"{name}.jsonl",
+            [
+                {"prompt": p, "completions": [f"{word} {i}{end}" for word in words]}
+                for i, p in enumerate(tiny_texts(6))
+            ],
+        )
+    write(
+        root / "questions.jsonl",
+        [{"query": p, "choices": ["cat", "the dog"], "gold": 1} for p in tiny_texts(5)],
+    )
+    write(root / "bad_questions.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 5}])
     write(root / "gold.jsonl", [{"proxy": [1.0, 2.0, 3.0], "gold": [5.0, 1.0, 3.0]}] * 2)
     write(root / "wrong_columns.jsonl", [{"question": "q", "answer": "a"}] * 3)
     write(root / "no_answers.jsonl", [{"prompt": "p"}])
@@ -259,6 +278,49 @@ MISTAKES: list[tuple[str, str, str]] = [
         "evaluate --reward_model {f}/scalar --preferences made {f}/preferences.jsonl "
         "--diagnosis False --page {f}/page.html",
         "--page belongs to the diagnosis",
+    ),
+    (
+        "a page of a diagnosis and of sets together",
+        "evaluate --reward_model {f}/scalar --preferences made {f}/preferences.jsonl "
+        "--completions {f}/french.jsonl --page {f}/page.html",
+        "--page shows either the diagnosis or",
+    ),
+    (
+        "sets of completions and of references under different names",
+        "evaluate --completions farm {f}/french.jsonl bar {f}/french.jsonl "
+        "--reference_completions farm {f}/french.jsonl vicuna {f}/french.jsonl "
+        "--judge {f}/scalar",
+        "must have the same names, got farm, bar and farm, vicuna",
+    ),
+    (
+        "samples without anything to judge them",
+        "evaluate --reward_model {f}/scalar --samples before {f}/before.jsonl",
+        "--samples needs --gold or --judge",
+    ),
+    (
+        "samples without a reward",
+        "evaluate --gold {f}/reward.py:letters --samples before {f}/before.jsonl",
+        "--samples needs --reward_model or --rewards",
+    ),
+    (
+        "samples with one completion of each prompt",
+        "evaluate --reward_model {f}/scalar --gold {f}/scalar --samples before {f}/french.jsonl",
+        "french.jsonl has no prompt with two completions to compare",
+    ),
+    (
+        "questions without a policy",
+        "evaluate --multiple_choice facts {f}/questions.jsonl",
+        "--multiple_choice needs --policy",
+    ),
+    (
+        "a question whose answer is none of its choices",
+        "evaluate --policy {f}/policy --multiple_choice facts {f}/bad_questions.jsonl",
+        "bad_questions.jsonl:1: 'gold' must be an index from 0 to 1",
+    ),
+    (
+        "a KL to nothing",
+        "evaluate --policy {f}/policy --own_samples {f}/before.jsonl",
+        "and --against, its reference",
     ),
     (
         "completions outside of the data under a name that is taken",
@@ -501,6 +563,95 @@ def test_evaluate_diagnoses_as_many_pairs_as_asked(folder: Path):
     assert found[0] == found[1]
     assert found[0]["diagnosis"]["member_spread"] != found[2]["diagnosis"]["member_spread"]
     assert found[0]["accuracy"] == found[2]["accuracy"]
+
+
+def test_evaluate_puts_several_sets_into_one_table_and_onto_a_page(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = (
+        "evaluate --judge {f}/scalar --completions farm {f}/before.jsonl vicuna {f}/french.jsonl "
+        "--reference_completions farm {f}/after.jsonl vicuna {f}/french.jsonl "
+        "--output {f}/new/sets.json --page {f}/new/sets.html"
+    )
+    assert run(command, folder) == 0, capsys.readouterr().err
+    printed = " ".join(capsys.readouterr().err.split())
+    rates = numbers_at(folder, "new/sets.json")["win_rates"]
+    assert [rates[name]["pairs"] for name in ("farm", "vicuna")] == [18, 20]
+    assert rates["vicuna"]["win_rate"] == 0.5
+    assert rates["vicuna"]["ties"] == 20
+    page = (folder / "new" / "sets.html").read_text()
+    for name, rate in rates.items():
+        share = f"{100 * rate['win_rate']:.1f} ±"
+        assert share in printed
+        assert f"{share} {100 * rate['standard_error']:.1f}" in page
+        assert name in page
+        assert f"{100 * rate['length_controlled']['win_rate']:.1f} [" in page
+
+
+def test_evaluate_shows_where_the_policy_went(folder: Path, capsys: pytest.CaptureFixture[str]):
+    command = (
+        "evaluate --reward_model {f}/reward.py:letters --rewards model {f}/scalar "
+        "--gold {f}/reward.py:letters --samples before {f}/before.jsonl after {f}/after.jsonl "
+        "french {f}/away.jsonl --output {f}/new/shift.json --page {f}/new/shift.html"
+    )
+    assert run(command, folder) == 0, capsys.readouterr().err
+    printed = " ".join(capsys.readouterr().err.split())
+    found = numbers_at(folder, "new/shift.json")["shift"]
+    assert found["rewards"] == ["reward", "model"]
+    accuracies = {(a["reward"], a["source"]): a for a in found["accuracies"]}
+    gold = accuracies["reward", "after"]
+    assert (gold["accuracy"], gold["pairs"], gold["prompts"]) == (1.0, 18, 6)
+    # The model by hand: letters order a prompt's three completions.
+    model = RewardModel.from_pretrained(folder / "scalar", device="cpu")
+    rows = [json.loads(line) for line in (folder / "before.jsonl").read_text().splitlines()]
+    right = []
+    for row in rows:
+        texts = sorted(row["completions"], key=len)
+        rewards = model.score([row["prompt"]] * 3, texts).mean
+        right += [float(rewards[b] > rewards[a]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert accuracies["model", "before"]["accuracy"] == pytest.approx(sum(right) / 18)
+    assert accuracies["model", "french"]["low"] is None  # one prompt, so no interval
+    assert set(found["energies"]) == set(found["lengths"]) == {"after", "french"}
+    assert 0 < found["energies"]["after"]["coefficient"] < 1
+    assert found["energies"]["after"]["p_value"] <= 0.05  # other words at the end
+    means = [sum(len(c) for c in row["completions"]) / 3 for row in rows]
+    assert found["lengths"]["after"]["other_mean"] == pytest.approx(sum(means) / 6)
+    page = (folder / "new" / "shift.html").read_text()
+    assert page.count("<svg") == 1
+    for text in ("model less reward", "How far the completions moved from those of before"):
+        assert text in printed
+        assert text in page
+    # A judge in gold's place, that is asked about one pair of each prompt.
+    judged = (
+        "evaluate --reward_model {f}/scalar --judge {f}/scalar --sample_pairs first --samples "
+        "before {f}/before.jsonl --output {f}/new/judged.json"
+    )
+    assert run(judged, folder) == 0
+    (own,) = numbers_at(folder, "new/judged.json")["shift"]["accuracies"]
+    assert (own["accuracy"], own["pairs"]) == (1.0, 6)
+
+
+def test_evaluate_asks_a_policy_beside_its_reference(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = "evaluate --policy {f}/policy --multiple_choice facts {f}/questions.jsonl "
+    assert run(command + "--output {f}/new/facts.json", folder) == 0, capsys.readouterr().err
+    alone = numbers_at(folder, "new/facts.json")["multiple_choice"]["facts"]
+    policy = Policy.from_pretrained(folder / "policy", device="cpu")
+    questions = load_questions(folder / "questions.jsonl")
+    expected = evaluate_multiple_choice(policy, questions)
+    assert (alone["acc"], alone["acc_norm"]) == (expected.acc, expected.acc_norm)
+    assert "acc_norm in %" in " ".join(capsys.readouterr().err.split())
+    more = "--against {f}/policy --own_samples {f}/before.jsonl --lettered True "
+    assert run(command + more + "--output {f}/new/facts.json", folder) == 0
+    found = numbers_at(folder, "new/facts.json")
+    facts = found["multiple_choice"]["facts"]
+    assert facts["acc"] == facts["reference"]["acc"]
+    assert (facts["retention"]["difference"], facts["retention"]["lost"]) == (0.0, 0)
+    assert facts["acc"] == evaluate_multiple_choice(policy, [lettered(q) for q in questions]).acc
+    assert found["kl"]["completions"] == 18
+    assert found["kl"]["kl/k1"] == pytest.approx(0.0, abs=1e-5)
+    assert "kl/k3" in capsys.readouterr().err
 
 
 def test_average_tests_the_paths_and_saves_the_mean_of_the_best(

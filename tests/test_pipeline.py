@@ -3,24 +3,28 @@
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-import trueward.options as options
 import trueward.pipeline as pipeline
+import trueward.refine.spg as spg
 from trueward import objectives
 from trueward.lab.grammar import GrammarWorld
 from trueward.lab.worlds import Annotator
 from trueward.models.scratch import ModelSource
-from trueward.options import ObjectiveConfig, SPGConfig
-from trueward.pipeline import RLPConfig, RLPData, run_rlp
+from trueward.options import ObjectiveConfig
+from trueward.pipeline import RLPConfig, RLPData, StopConfig, run_rlp
 from trueward.posterior import RewardPosterior
 from trueward.refine.multiview import MultiViewConfig
+from trueward.refine.spg import SPGConfig
 from trueward.sampling import SamplingConfig
+from trueward.train.families import FamilyConfig
 from trueward.train.policy import PolicyConfig
 from trueward.train.reward import RewardConfig
+from trueward.train.run_folder import RunFolder
 from trueward.train.sft import SFTConfig
 
 WORLD = GrammarWorld(annotator=Annotator(label_noise=0.0))
@@ -66,7 +70,7 @@ def config_for(files: Path, out: Path) -> RLPConfig:
             evaluation_prompts=6,
         ),
         model=ModelSource(vocab_size=300, hidden_size=16, layers=1, heads=2, max_positions=256),
-        members=2,
+        family=FamilyConfig(family="heads", members=2),
         objective=ObjectiveConfig(name="reward_robust"),
         sft=SFTConfig(learning_rate=1e-2, epochs=2.0, batch_size=16, checkpoint_every=1),
         reward=RewardConfig(learning_rate=1e-2, batch_size=8, max_length=256, checkpoint_every=1),
@@ -109,6 +113,7 @@ def test_every_stage_has_its_folder_summary_and_numbers(unbroken: Path):
     shift = metrics["reward_models_on_policy_samples"]
     assert set(shift) == {f"reward model of {p}" for p in ("PPO", "control", "RLP-SPG", "RLP-UML")}
     assert json.loads((unbroken / "table.json").read_text())["columns"][0] == "policy"
+    assert metrics["stopped"] == {}
     assert "uml/jsd" in (unbroken / "05_reward_uml_1" / "metrics.jsonl").read_text()
     assert "test.jsonl" in (unbroken / "data.txt").read_text()
 
@@ -163,9 +168,132 @@ def test_the_embedding_is_calibrated_on_one_whole_completion_of_each_prompt(
         seen.append(texts)
         return torch.eye(8)[: len(texts)]
 
-    monkeypatch.setattr(options, "sentence_transformer", lambda name: embed)
+    monkeypatch.setattr(spg, "sentence_transformer", lambda name: embed)
     SPGConfig(equivalence="embedding").build(None, [["a cat", "a dog"], ["a bird"], []])
     assert seen == [["a cat", "a bird"]]
+
+
+def rounds_config(files: Path, out: Path) -> RLPConfig:
+    config = config_for(files, out)
+    return dataclasses.replace(
+        config,
+        family=FamilyConfig(),
+        methods=["spg_uml"],
+        rounds=2,
+        ensemble_rounds=True,
+        data=dataclasses.replace(config.data, gold_preferences=[]),
+        policy=dataclasses.replace(config.policy, steps=4, refresh_every=2),
+        refresh_prompts=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def rounds(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("rounds")
+    run_rlp(rounds_config(files, out))
+    return out
+
+
+def test_rounds_go_from_policy_to_samples_to_reward_to_policy(rounds: Path):
+    metrics = numbers(rounds)
+    assert set(metrics["policies"]) == {
+        "SFT",
+        "PPO",
+        "RLP-SPG + UML round 1",
+        "RLP-SPG + UML round 2",
+    }
+    for stage in ("04_samples_1", "04_samples_spg_uml_2", "05_preferences_spg_uml_2"):
+        assert (rounds / stage / "summary.json").exists()
+    logged = (rounds / "05_reward_spg_uml_2" / "metrics.jsonl").read_text()
+    assert "uml/jsd" in logged  # both ingredients
+
+
+def test_the_rewards_of_all_rounds_are_one_ensemble(rounds: Path):
+    first = json.loads((rounds / "03_policy" / "metrics.jsonl").read_text().splitlines()[0])
+    later = json.loads(
+        (rounds / "06_policy_spg_uml_2" / "metrics.jsonl").read_text().splitlines()[0]
+    )
+    # One member has no gap between nominal and worst case; several models have.
+    assert first["objective/gap"] == 0.0
+    assert later["objective/gap"] > 0.0
+
+
+def test_a_reward_is_refreshed_within_a_policys_run(rounds: Path):
+    folder = rounds / "06_policy_spg_uml_1"
+    assert (folder / "refreshed" / "000002" / "reward" / "model" / "config.json").exists()
+    assert not (folder / "refreshed" / "000004").exists()  # nothing is optimised after the end
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["refreshed_at"] for line in lines] == [0.0, 0.0, 2.0, 2.0]
+    assert not (rounds / "03_policy" / "refreshed").exists()  # the first policy is plain PPO
+
+
+def test_a_run_killed_around_a_refresh_ends_with_the_numbers_of_an_unbroken_one(
+    files: Path, rounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from trueward.train import loop
+
+    saved, kills = loop.Loop.checkpoint, 0
+
+    def dying(self: loop.Loop) -> None:
+        nonlocal kills
+        saved(self)
+        place = (str(self.folder.path).split(str(tmp_path))[-1].strip("/"), self.step)
+        deaths = [
+            ("06_policy_spg_uml_1/refreshed/000002/reward", 1),  # while the reward is trained
+            ("06_policy_spg_uml_1", 3),  # after it, with a policy that has moved on
+        ]
+        if place in deaths[kills : kills + 1]:
+            kills += 1
+            raise KilledError
+
+    monkeypatch.setattr(loop.Loop, "checkpoint", dying)
+    for _ in range(3):
+        try:
+            run_rlp(rounds_config(files, tmp_path))
+        except KilledError:
+            continue
+    assert kills == 2
+    assert numbers(tmp_path) == numbers(rounds)
+
+
+@pytest.mark.parametrize(
+    ("stop", "reason"),
+    [
+        (StopConfig(min_accepted=0.5), "0.100 of the prompts gave a pair, fewer than 0.5"),
+        (StopConfig(max_agreement=0.001), "of the sampled pairs as the last reward did"),
+    ],
+)
+def test_rounds_stop_by_their_rules(
+    files: Path, rounds: Path, tmp_path: Path, stop: StopConfig, reason: str
+):
+    shutil.copytree(rounds, tmp_path / "run")
+    for file in ("summary.json", "config.yaml"):
+        (tmp_path / "run" / file).unlink()
+    pairs = tmp_path / "run" / "05_preferences_spg_uml_1" / "summary.json"
+    told = json.loads(pairs.read_text())
+    told["metrics"] |= {"accepted": 1, "prompts": 10}
+    pairs.write_text(json.dumps(told))
+    config = dataclasses.replace(rounds_config(files, tmp_path / "run"), stop=stop)
+    run_rlp(config)
+    metrics = numbers(tmp_path / "run")
+    assert metrics["stopped"]["spg_uml"].startswith("round 1: ")
+    assert reason in metrics["stopped"]["spg_uml"]
+    assert set(metrics["policies"]) == {"SFT", "PPO"}
+
+
+def test_accuracy_that_falls_stops_the_rounds(files: Path, tmp_path: Path):
+    for name, accuracy in (("02_reward", 0.8), ("05_reward_spg_1", 0.7)):
+        RunFolder(tmp_path / name, command="reward").finish({"test/accuracy": accuracy}, seed=0)
+
+    def reason(loss: float) -> str:
+        stop = StopConfig(max_accuracy_loss=loss)
+        config = dataclasses.replace(config_for(files, tmp_path), stop=stop)
+        return pipeline._reason_to_stop(config, len, len, [], tmp_path, "spg_1")
+
+    assert reason(0.05) == (
+        "accuracy on the evaluation sets fell from 0.800 to 0.700, by more than 0.05"
+    )
+    assert reason(0.11) == ""
 
 
 def test_held_out_prompts_are_in_no_training_data(files: Path, tmp_path: Path):

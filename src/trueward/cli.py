@@ -15,9 +15,11 @@ COMMANDS = {
     "score": "score completions: JSONL in, JSONL out",
     "refine": "retrain a reward model on policy samples: spg or uml",
     "rlp": "the whole pipeline, resumable, for as many rounds as asked",
+    "audit": "preferences under suspicion: verdicts, gates, balanced lengths, people's answers",
     "evaluate": "a reward on preferences, its uncertainty diagnosed, or completions by win rate",
     "average": "one reward model whose weights are the mean of several's (WARM), once tested",
     "compare": "methods x seeds in a world with a known gold reward: curves, tables, a page",
+    "refinements": "rewards refined on recorded samples of a policy, cross-validated by prompt",
     "families": "every family of rewards on real preferences: accuracy, uncertainty, cost",
     "report": "the HTML report of a run",
 }

@@ -1,30 +1,15 @@
-"""What names on the command line stand for: objectives and equivalences, in literal dicts."""
+"""What names of objectives on the command line stand for, in literal dicts."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from trueward import objectives
-from trueward.models.policy import Policy
 from trueward.posterior import RewardPosterior
-from trueward.refine.equivalence import (
-    EmbeddingEquivalence,
-    Equivalence,
-    NLIEquivalence,
-    exact_answer,
-    exact_match,
-    mean_state_embedding,
-    sentence_transformer,
-    unrelated_threshold,
-)
 from trueward.train.loop import seed_of
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,56 +115,3 @@ class ObjectiveConfig:
             min_level=self.min_level,
             nominal_reward=chosen(posterior),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SPGConfig:
-    """Synthetic preference generation."""
-
-    gamma: float = 0.5  # smallest confidence, inclusive; 0 = Select-All
-    equivalence: Literal["exact", "answer", "policy_states", "embedding", "nli"] = "policy_states"
-    nli_model: str = "microsoft/deberta-large-mnli"
-    embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    mode: Literal["relaxed", "strict", "no_contradiction"] = "relaxed"  # nli
-    threshold: float | None = None  # cosine similarity, for policy_states and embedding
-    level: float = 0.95  # without a threshold: the quantile of unrelated completions' cosines
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma is a confidence in [0, 1], got {self.gamma}.")
-        if not 0 < self.level < 1:
-            raise ValueError(f"level is a share of pairs in (0, 1), got {self.level}.")
-        if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold is a cosine in [-1, 1], got {self.threshold}.")
-
-    def build(
-        self,
-        policy: Policy | None,
-        completions: Sequence[Sequence[str]],
-        cache: Path | None = None,
-    ) -> Equivalence:
-        """Return the equivalence test.
-
-        Args:
-            policy: Whose states embed the texts, for `policy_states`.
-            completions: By prompt; the first of each calibrates the embedding's threshold.
-            cache: File in which `nli` keeps its labels.
-        """
-        if self.equivalence == "exact":
-            return exact_match
-        if self.equivalence == "answer":
-            return exact_answer
-        if self.equivalence == "nli":
-            return NLIEquivalence.from_pretrained(self.nli_model, mode=self.mode, cache_path=cache)
-        unrelated = [texts[0] for texts in completions[:256] if texts]
-        if self.equivalence == "embedding":
-            embed = sentence_transformer(self.embedding_model)
-        elif policy is None:
-            raise ValueError("equivalence=policy_states needs a policy to embed with.")
-        else:
-            embed = mean_state_embedding(policy, reference=unrelated)
-        threshold = self.threshold
-        if threshold is None:
-            threshold = unrelated_threshold(embed, unrelated, level=self.level)
-            logger.info("Completions count as equivalent from a cosine of %.3f.", threshold)
-        return EmbeddingEquivalence(embed, threshold=threshold)

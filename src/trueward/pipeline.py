@@ -6,20 +6,20 @@ Lang et al. 2024, Algorithm 1 (https://arxiv.org/abs/2403.19279)::
                         ^                                              |
                         '---------------- next round ------------------'
 
-A stage is done when its folder holds a `summary.json`; it is then loaded, never done again. A
-killed stage goes on from its last checkpoint. The folder's own `summary.json` holds the numbers
-of every stage, `table.json` the comparison of the policies.
+With `policy.refresh_every` the reward is also trained again within a policy's run, on what the
+policy writes by then. A stage is done when its folder holds a `summary.json`; it is then loaded,
+never done again. A killed stage goes on from its last checkpoint. The folder's own `summary.json`
+holds the numbers of every stage, `table.json` the comparison of the policies.
 """
 
-import copy
 import dataclasses
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from trueward.data.formats import (
     DataError,
@@ -34,21 +34,37 @@ from trueward.data.formats import (
     load_prompts,
     prompt_key,
     text_of,
-    write_jsonl,
 )
 from trueward.evaluate.judges import reward_judge
+from trueward.evaluate.policy_judge import policy_judge
 from trueward.evaluate.preferences import evaluate_preferences, mean_interval
+from trueward.evaluate.shift import agreement
 from trueward.evaluate.winrate import win_rate
 from trueward.models.policy import Policy
-from trueward.models.reward_function import Reward, fitting_rows
+from trueward.models.reward_function import Reward, fitting_rows, posterior_function
 from trueward.models.reward_model import RewardModel
 from trueward.models.scratch import ModelSource, load_policy
-from trueward.options import ObjectiveConfig, SPGConfig
-from trueward.refine.multiview import MultiView, MultiViewConfig
-from trueward.refine.synthetic import SyntheticResult, synthetic_preferences
+from trueward.options import ObjectiveConfig
+from trueward.refine.multiview import MultiViewConfig
+from trueward.refine.refinement import (
+    LABELS,
+    METHODS,
+    RefineMethod,
+    refine_reward,
+    warm_start,
+    with_facts,
+)
+from trueward.refine.spg import SPGConfig
 from trueward.sampling import SamplingConfig, fitting_prompts, read_samples, sample_to_file
+from trueward.train.families import (
+    FamilyConfig,
+    Maker,
+    Reference,
+    load_family,
+    train_family,
+)
 from trueward.train.policy import PolicyConfig, train_policy
-from trueward.train.reward import RewardConfig, train_reward
+from trueward.train.reward import RewardConfig
 from trueward.train.run_folder import RunFolder, finished_summary, write_text
 from trueward.train.sft import SFTConfig, train_sft
 
@@ -77,19 +93,38 @@ class RLPData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StopConfig:
+    """When a method has no further round; 0 switches a rule off. The last policy then stands."""
+
+    min_accepted: float = 0.0  # smallest share of the prompts that gave a synthetic preference
+    # How far the mean accuracy on `data.evaluation` may fall below the first reward model's.
+    max_accuracy_loss: float = 0.0
+    # Share of pairs of the policy's samples that the new reward orders as the last one did: above
+    # it, nothing new was learned.
+    max_agreement: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"stop.{name} is a share in [0, 1], got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RLPConfig:
     """The whole pipeline."""
 
     output_dir: str
     data: RLPData
     model: ModelSource = field(default_factory=ModelSource)
-    members: int = 0  # 0 = one scalar reward, K = Gaussian heads
+    family: FamilyConfig = field(default_factory=FamilyConfig)  # of every reward but gold
     # control: trained again on D with another seed and nothing new, at the same cost
-    methods: list[Literal["control", "spg", "uml"]] = field(
-        default_factory=lambda: ["control", "spg", "uml"]
-    )
+    methods: list[RefineMethod] = field(default_factory=lambda: ["control", "spg", "uml"])
     rounds: int = 1
+    stop: StopConfig = field(default_factory=StopConfig)  # of a method's rounds
     warm_start: bool = False  # refine the last reward model instead of a fresh one from SFT
+    # Optimise against the reward models of all rounds so far, as one ensemble, not the last alone.
+    ensemble_rounds: bool = False
+    refresh_prompts: int = 0  # sampled at a refresh within a run (policy.refresh_every); 0 = all
     seed: int = 42
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -102,7 +137,7 @@ class RLPConfig:
 
     def __post_init__(self) -> None:
         if not self.methods:
-            raise ValueError("methods must name at least one of control, spg and uml.")
+            raise ValueError(f"methods must name at least one of {', '.join(METHODS)}.")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}.")
         if self.data.evaluation_prompts < 2:
@@ -115,8 +150,17 @@ class RLPConfig:
                 "rlp runs in one process: its stages share files. Launch `trueward reward` and "
                 "`trueward policy` under torchrun instead."
             )
-        if self.members < 0:
-            raise ValueError(f"members must be 0 (scalar) or at least 1, got {self.members}.")
+        self.family.require_own_options()
+        if self.warm_start and self.family.family not in ("single", "heads"):
+            raise ValueError(
+                "warm_start trains one model on: it is for family=single and heads, got "
+                f"family={self.family.family}."
+            )
+        if self.policy.refresh_every and self.policy.bf16 != self.reward.bf16:
+            raise ValueError(
+                "policy.refresh_every trains rewards within the policy's run: policy.bf16 and "
+                "reward.bf16 must be the same."
+            )
 
 
 @dataclass(frozen=True)
@@ -130,6 +174,7 @@ class _Inputs:
     held_out: list[Prompt]
     gold: list[PreferenceRow]
     evaluation: dict[str, list[PreferenceRow]]
+    routes: dict[str, str]  # of a prompt's key, by which its equivalence is chosen
     reports: list[LoadReport]
 
 
@@ -151,27 +196,51 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
     if inputs.gold:
         # Another seed and other data than the proxy's: its errors are not the proxy's errors.
         gold = _reward(
-            config, sft, inputs.gold, inputs, out / "02_gold", seed=config.seed + 1000, members=0
+            config,
+            _fresh(config, sft),
+            inputs.gold,
+            inputs,
+            out / "02_gold",
+            seed=config.seed + 1000,
+            family=FamilyConfig(),
+            reference=_reference(config, sft, inputs, out),
         )
-    reward = _reward(config, sft, inputs.preferences, inputs, out / "02_reward", seed=config.seed)
+    reward = _reward(
+        config,
+        _fresh(config, sft),
+        inputs.preferences,
+        inputs,
+        out / "02_reward",
+        seed=config.seed,
+        reference=_reference(config, sft, inputs, out),
+    )
     first = _policy(config, reward, inputs, out / "03_policy")
     name_of_first = config.policy.algorithm.upper()
-    policies: dict[str, tuple[Policy, RewardModel | None]] = {
+    policies: dict[str, tuple[Policy, Reward | None]] = {
         "SFT": (sft, None),
         name_of_first: (first, reward),
     }
+    stopped: dict[str, str] = {}
     for method in config.methods:
-        current, model = first, reward
+        refinement = _Refinement(config, method, sft, inputs, out)
+        current, models = first, [reward]
         for round_ in range(1, config.rounds + 1):
             name = f"{method}_{round_}"
             drawn = _samples(
                 config, current, inputs, out / f"04_samples_{'1' if round_ == 1 else name}"
             )
-            model = _refine(config, method, sft, model, drawn, inputs, out / f"05_reward_{name}")
-            current = _policy(config, model, inputs, out / f"06_policy_{name}")
-            label = "control" if method == "control" else f"RLP-{method.upper()}"
-            label += f" round {round_}" if config.rounds > 1 else ""
-            policies[label] = (current, model)
+            model = refinement(models[-1], current, drawn, out / f"05_reward_{name}", number=round_)
+            if reason := _reason_to_stop(config, models[-1], model, drawn, out, name):
+                stopped[method] = f"round {round_}: {reason}"
+                logger.info("%s stops before the policy of %s", method, stopped[method])
+                break
+            models.append(model)
+            optimised = _ensemble(models) if config.ensemble_rounds else model
+            current = _policy(
+                config, optimised, inputs, out / f"06_policy_{name}", refinement=refinement
+            )
+            label = LABELS[method] + (f" round {round_}" if config.rounds > 1 else "")
+            policies[label] = (current, optimised)
     rows = {
         label: _evaluate_policy(config, label, policy, reward, gold, inputs, out)
         for label, (policy, _) in policies.items()
@@ -185,6 +254,7 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
     metrics = {
         "policies": rows,
         "reward_models_on_policy_samples": shift,
+        "stopped": stopped,
         "stages": {k: {"seconds": s["seconds"], **s["metrics"]} for k, s in stages.items()},
     }
     spent = sum(s["seconds"] for s in stages.values())
@@ -236,6 +306,11 @@ def _load(config: RLPConfig) -> _Inputs:
         held_out=[],
         gold=[row for rows in trained[2:] for row in rows],
         evaluation={name: part.rows for name, part in evaluation.items()},
+        routes={
+            prompt_key(row.prompt): str(row.extra[config.spg.route_by])
+            for row in unlabelled
+            if config.spg.route_by in row.extra
+        },
         reports=[part.report for part in parts],
     )
 
@@ -280,51 +355,56 @@ def _sft(config: RLPConfig, inputs: _Inputs, out: Path) -> Policy:
 
 def _reward(
     config: RLPConfig,
-    sft: Policy,
+    make: Maker,
     preferences: Sequence[PreferenceRow],
     inputs: _Inputs,
     out: Path,
     *,
     seed: int,
-    members: int | None = None,
-    start: RewardModel | None = None,
-    samples: list[tuple[Prompt, list[str]]] | None = None,
-) -> RewardModel:
-    """Train a reward model from the SFT model's body (or `start`), with UML where samples come."""
-    if finished_summary(out) is None:
-        model = copy.deepcopy(start) if start else _fresh(config, sft, members, seed)
-        auxiliary = None
-        if samples is not None:
-            width = model.backbone.config.get_text_config().hidden_size
-            auxiliary = MultiView(width, samples, dataclasses.replace(config.uml, seed=seed))
-        held_out = inputs.evaluation
-        source = config.data.gold_preferences if out.name == "02_gold" else config.data.preferences
-        model.facts = {"training data": source, "stage": out.name}
-        report = LoadReport("preference pairs", read=len(preferences))
-        train_reward(
-            model,
-            preferences,
-            dataclasses.replace(config.reward, seed=seed),
-            output_dir=out,
-            report=report,
-            auxiliary=auxiliary,
-            evaluation=lambda m: evaluate_on(m, held_out),
-            reference=_reference(config, sft, inputs, out.parent),
-        )
-        write_text(out / "data.txt", report.summary(limit=20) + "\n")
-    return RewardModel.from_pretrained(out / "model")
-
-
-def _fresh(config: RLPConfig, sft: Policy, members: int | None, seed: int) -> RewardModel:
-    path = Path(config.output_dir) / "01_sft" / "model"
-    return RewardModel.from_backbone(
-        path,
-        sft.tokenizer,
-        members=config.members if members is None else members,
-        lora_rank=config.model.lora_rank,
-        max_length=config.reward.max_length,
-        seed=seed,
+    reference: Reference,
+    family: FamilyConfig | None = None,
+) -> Reward:
+    """Train a reward on preferences, from the SFT model's body."""
+    source = config.data.gold_preferences if out.name == "02_gold" else config.data.preferences
+    report = LoadReport("preference pairs", read=len(preferences))
+    reward = train_family(
+        with_facts(make, {"training data": source, "stage": out.name}),
+        preferences,
+        family or config.family,
+        dataclasses.replace(config.reward, seed=seed),
+        output_dir=out,
+        report=report,
+        evaluation=lambda r: evaluate_on(r, inputs.evaluation),
+        reference=reference,
     )
+    _tell_once(out, report)
+    return reward
+
+
+def _tell_once(out: Path, report: LoadReport) -> None:
+    if not (out / "data.txt").exists():
+        write_text(out / "data.txt", report.summary(limit=20) + "\n")
+
+
+def _fresh(config: RLPConfig, sft: Policy) -> Maker:
+    """Return what makes untrained reward models on the SFT model's body."""
+    path = Path(config.output_dir) / "01_sft" / "model"
+
+    def make(**options: Any) -> RewardModel:
+        own: dict[str, Any] = {"lora_rank": config.model.lora_rank} | options
+        return RewardModel.from_backbone(
+            path, sft.tokenizer, max_length=config.reward.max_length, **own
+        )
+
+    return make
+
+
+def _ensemble(models: Sequence[Reward]) -> list[RewardModel]:
+    """Return the reward models of all rounds as the members of one posterior."""
+    found: list[RewardModel] = []
+    for model in models:
+        found += [model] if isinstance(model, RewardModel) else list(model)  # type: ignore[arg-type]
+    return found
 
 
 def _reference(
@@ -337,8 +417,21 @@ def _reference(
     return [p for p, texts in drawn for _ in texts], [t for _, texts in drawn for t in texts]
 
 
-def _policy(config: RLPConfig, reward: RewardModel, inputs: _Inputs, out: Path) -> Policy:
-    """Optimise a policy from the SFT model; the reference is SFT too (Alg. 1, line 5)."""
+def _policy(
+    config: RLPConfig,
+    reward: Reward,
+    inputs: _Inputs,
+    out: Path,
+    *,
+    refinement: "_Refinement | None" = None,
+) -> Policy:
+    """Optimise a policy from the SFT model; the reference is SFT too (Alg. 1, line 5).
+
+    A policy with a refinement has its reward refreshed within the run, where that is asked for.
+    """
+    options = dataclasses.replace(config.policy, seed=config.seed)
+    if refinement is None:
+        options = dataclasses.replace(options, refresh_every=0)
     if finished_summary(out) is None:
         sft = Policy.from_pretrained(
             Path(config.output_dir) / "01_sft" / "model", lora_rank=config.model.lora_rank
@@ -347,9 +440,14 @@ def _policy(config: RLPConfig, reward: RewardModel, inputs: _Inputs, out: Path) 
             sft,
             reward,
             inputs.prompts,
-            dataclasses.replace(config.policy, seed=config.seed),
+            options,
             objective=config.objective.build(),
             output_dir=out,
+            refresh=(
+                refinement.refresher(reward, out)
+                if refinement is not None and options.refresh_every
+                else None
+            ),
         )
     return Policy.from_pretrained(out / "model")
 
@@ -372,89 +470,113 @@ def _sample_stage(
     return read_samples(out / "completions.jsonl")
 
 
-def _refine(
+@dataclass(frozen=True)
+class _Refinement:
+    """A method of refinement with all that its stages need."""
+
+    config: RLPConfig
+    method: RefineMethod
+    sft: Policy
+    inputs: _Inputs
+    out: Path
+
+    def __call__(
+        self,
+        scorer: Reward,
+        policy: Policy,
+        drawn: list[tuple[Prompt, list[str]]],
+        out: Path,
+        *,
+        number: int,
+    ) -> Reward:
+        """Train the reward again on D and what the method takes from the samples.
+
+        The control's seed is hundreds apart from the other seeds, and another one in each round.
+        """
+        config = self.config
+        seed = config.seed + (100 * number if self.method == "control" else 0)
+        objective, posterior_of = config.objective.build(), posterior_function(scorer)
+        report = LoadReport("preference pairs", read=len(self.inputs.preferences))
+        make = warm_start(scorer) if config.warm_start else _fresh(config, self.sft)
+        reward = refine_reward(
+            self.method,
+            with_facts(make, {"training data": config.data.preferences, "stage": out.name}),
+            self.inputs.preferences,
+            drawn,
+            rewards=lambda prompts, answers: objective(posterior_of(prompts, answers)),
+            train=dataclasses.replace(config.reward, seed=seed),
+            output_dir=out,
+            family=config.family,
+            spg=config.spg,
+            uml=config.uml,
+            policy=self.sft,
+            judge=policy_judge(policy) if METHODS[self.method].pairs == "rlaif" else None,
+            pairs_dir=out.with_name(out.name.replace("reward", "preferences")),
+            routes=self.inputs.routes,
+            reference=_reference(config, self.sft, self.inputs, self.out),
+            report=report,
+            evaluation=lambda r: evaluate_on(r, self.inputs.evaluation),
+        )
+        _tell_once(out, report)
+        return reward
+
+    def refresher(self, reward: Reward, out: Path) -> Callable[[Policy, int], Reward]:
+        """Return what makes the reward anew within a policy's run, each in a folder of its step."""
+        prompts = self.inputs.prompts[: self.config.refresh_prompts or None]
+        every = self.config.policy.refresh_every
+
+        def refresh(policy: Policy, step: int) -> Reward:
+            folder = out / "refreshed" / f"{step:06d}"
+            if finished_summary(folder / "reward") is not None:
+                return load_family(folder / "reward")
+            before = out / "refreshed" / f"{step - every:06d}" / "reward"
+            scorer = load_family(before) if step > every else reward
+            sampling = dataclasses.replace(self.config.samples, seed=self.config.seed)
+            drawn = _sample_stage(policy, prompts, sampling, folder / "samples")
+            return self(scorer, policy, drawn, folder / "reward", number=step)
+
+        return refresh
+
+
+def _reason_to_stop(
     config: RLPConfig,
-    method: str,
-    sft: Policy,
-    scorer: RewardModel,
+    last: Reward,
+    new: Reward,
     drawn: list[tuple[Prompt, list[str]]],
-    inputs: _Inputs,
     out: Path,
-) -> RewardModel:
-    """Train the reward model again: on D + synthetic pairs (SPG), or on D beside L_M (UML)."""
-    start = scorer if config.warm_start else None
-    if method == "control":
-        # Hundreds apart from the other seeds, and another one in each round.
-        seed = config.seed + 100 * int(out.name.rpartition("_")[2])
-        return _reward(config, sft, inputs.preferences, inputs, out, seed=seed, start=start)
-    if method == "uml":
-        return _reward(
-            config,
-            sft,
-            inputs.preferences,
-            inputs,
-            out,
-            seed=config.seed,
-            start=start,
-            samples=drawn,
-        )
-    pairs = out.with_name(out.name.replace("05_reward", "05_preferences"))
-    if finished_summary(pairs) is None:
-        folder = RunFolder(pairs, command="spg", config=config.spg)
-        made = write_synthetic(
-            config.spg, config.objective, scorer, sft, drawn, pairs, seed=config.seed
-        )
-        report = dataclasses.asdict(made.report)
-        report["cluster_counts"] = {str(k): v for k, v in report["cluster_counts"].items()}
-        folder.finish(report, seed=config.seed)
-    synthetic: list[PreferenceRow] = []
-    if finished_summary(pairs)["metrics"]["accepted"]:  # type: ignore[index]
-        synthetic = load_preferences(pairs / "preferences.jsonl").rows
-    else:
-        logger.warning("SPG accepted no prompt: the reward model is retrained on D alone.")
-    pooled = [*inputs.preferences, *synthetic]  # plain pooling, no weights (Eq. 1)
-    return _reward(config, sft, pooled, inputs, out, seed=config.seed, start=start)
+    name: str,
+) -> str:
+    """Return why a method shall have no further round; nothing where it goes on."""
+    stop = config.stop
+    pairs = finished_summary(out / f"05_preferences_{name}")
+    if pairs is not None and stop.min_accepted:
+        share = pairs["metrics"]["accepted"] / max(1, pairs["metrics"]["prompts"])
+        if share < stop.min_accepted:
+            return f"{share:.3f} of the prompts gave a pair, fewer than {stop.min_accepted:g}"
+    if stop.max_accuracy_loss:
+        before, after = (_mean_accuracy(out / f) for f in ("02_reward", f"05_reward_{name}"))
+        if before - after > stop.max_accuracy_loss:
+            return (
+                f"accuracy on the evaluation sets fell from {before:.3f} to {after:.3f}, by more "
+                f"than {stop.max_accuracy_loss:g}"
+            )
+    if stop.max_agreement:
+        objective, n = config.objective.build(), len(drawn[0][1])
+        flat = [p for p, texts in drawn for _ in texts], [t for _, texts in drawn for t in texts]
+        one, two = (objective(posterior_function(r)(*flat)).view(-1, n) for r in (last, new))
+        same = agreement(two, one)
+        if same > stop.max_agreement:
+            return f"it orders {same:.3f} of the sampled pairs as the last reward did"
+    return ""
 
 
-def write_synthetic(
-    spg: SPGConfig,
-    objective: ObjectiveConfig,
-    scorer: RewardModel,
-    embedder: Policy | None,
-    drawn: Sequence[tuple[Prompt, list[str]]],
-    folder: Path,
-    *,
-    seed: int,
-) -> SyntheticResult:
-    """Make synthetic preferences of the policy's samples and write them as `preferences.jsonl`.
-
-    Args:
-        spg: Rules and equivalence.
-        objective: Turns the scorer's posterior into the reward that ranks.
-        scorer: The current reward model.
-        embedder: Whose states embed the texts, for `policy_states`.
-        drawn: Prompts with n completions each.
-        folder: Where the preferences go (and the labels of an NLI model, which are kept).
-        seed: Of the rejected sides.
-    """
-    prompts = [prompt for prompt, _ in drawn]
-    completions = [texts for _, texts in drawn]
-    posterior = scorer.score(
-        [p for p, texts in drawn for _ in texts],
-        [t for texts in completions for t in texts],
-        normalise=True,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    made = synthetic_preferences(
-        prompts,
-        completions,
-        objective.build()(posterior).view(len(drawn), -1),
-        equivalent=spg.build(embedder, completions, cache=folder / "nli_cache.jsonl"),
-        gamma=spg.gamma,
-        seed=seed,
-    )
-    write_jsonl(folder / "preferences.jsonl", made.to_rows())
-    return made
+def _mean_accuracy(folder: Path) -> float:
+    summary = finished_summary(folder)
+    assert summary is not None
+    found = [v for k, v in summary["metrics"].items() if k.endswith("/accuracy")]
+    if not found:
+        raise DataError("stop.max_accuracy_loss needs data.evaluation to measure accuracy on.")
+    return float(sum(found) / len(found))
 
 
 def evaluate_on(reward: Reward, sources: dict[str, list[PreferenceRow]]) -> dict[str, float]:
@@ -477,8 +599,8 @@ def _evaluate_policy(
     config: RLPConfig,
     label: str,
     policy: Policy,
-    proxy: RewardModel,
-    gold: RewardModel | None,
+    proxy: Reward,
+    gold: Reward | None,
     inputs: _Inputs,
     out: Path,
 ) -> dict[str, float]:
@@ -489,13 +611,13 @@ def _evaluate_policy(
     name = label.lower().replace(" ", "_")
     drawn = _sample_stage(policy, inputs.held_out, sampling, out / f"07_completions_{name}")
     texts = [t[0] for _, t in drawn]
-    rewards = proxy.score(inputs.held_out, texts, normalise=True)
+    rewards = posterior_function(proxy)(inputs.held_out, texts)
     row = {
         "proxy": config.objective.build()(rewards).mean().item(),
         "length": sum(len(t.split()) for t in texts) / len(texts),
     }
     if gold is not None:
-        scores = gold.score(inputs.held_out, texts, normalise=True).mean
+        scores = posterior_function(gold)(inputs.held_out, texts).mean
         low, high = mean_interval(scores)
         row |= {"gold": scores.mean().item(), "gold_low": low, "gold_high": high}
         sft = read_samples(out / "07_completions_sft" / "completions.jsonl")
@@ -511,8 +633,8 @@ def _evaluate_policy(
 
 def _shift(
     config: RLPConfig,
-    policies: dict[str, tuple[Policy, RewardModel | None]],
-    gold: RewardModel | None,
+    policies: dict[str, tuple[Policy, Reward | None]],
+    gold: Reward | None,
     inputs: _Inputs,
     out: Path,
 ) -> dict[str, dict[str, float]]:
@@ -528,7 +650,8 @@ def _shift(
         name = label.lower().replace(" ", "_")
         drawn = _sample_stage(policy, inputs.held_out, sampling, out / f"07_pairs_{name}")
         flat = [t for _, texts in drawn for t in texts]
-        scores = gold.score([p for p, _ in drawn for _ in "ab"], flat, normalise=True).mean
+        asked = [p for p, _ in drawn for _ in "ab"]
+        scores = posterior_function(gold)(asked, flat).mean
         pairs[label] = [
             PreferenceRow(prompt, texts[first < second], texts[first >= second])
             for (prompt, texts), (first, second) in zip(
@@ -538,7 +661,9 @@ def _shift(
         ]
     return {
         f"reward model of {label}": {
-            f"accuracy on {source}": evaluate_preferences(model.score, rows)["accuracy"]
+            f"accuracy on {source}": evaluate_preferences(posterior_function(model), rows)[
+                "accuracy"
+            ]
             for source, rows in pairs.items()
             if rows
         }

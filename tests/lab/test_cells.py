@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from trueward.lab.cells import (
-    agreement,
     best_of_n_cell,
     best_of_n_points,
     centred,
@@ -63,13 +62,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
         train_member(lab, 0, spec)
         score_pool(lab, 0, spec)
     return lab
-
-
-def test_agreement_counts_ties_half_and_leaves_equal_gold_out():
-    gold = torch.tensor([[1.0, 2.0, 2.0]])  # two pairs that differ
-    assert agreement(torch.tensor([[0.0, 1.0, 2.0]]), gold) == 1.0
-    assert agreement(torch.tensor([[1.0, 1.0, 0.0]]), gold) == 0.25
-    assert math.isnan(agreement(torch.zeros(1, 2), torch.ones(1, 2)))
 
 
 def test_best_of_n_points_by_hand():

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from trueward import objectives
 from trueward.data.formats import load_preferences
 from trueward.data.sources import DataError
 from trueward.lab.grammar import GrammarWorld, gold_reward
 from trueward.lab.language import (
+    FIRST,
     Lab,
     LanguageConfig,
     RewardSpec,
@@ -17,19 +19,24 @@ from trueward.lab.language import (
     build_shared,
     compare_answers,
     draw_pool,
+    draw_shift,
     load_member,
-    optimise_first,
     policy_config,
     pool_posterior,
     read_pool,
+    refined_from,
+    refined_spec,
     reward_of,
     reward_specs,
+    sample_optimised,
     scale_of,
     score_pool,
+    told_of,
     train_member,
 )
 from trueward.lab.methods import MemberFamily, Method
 from trueward.lab.worlds import Annotator, LanguageDials, LanguageWorld
+from trueward.refine.spg import SPGConfig
 
 SMALL = LanguageConfig(
     pairs=40,
@@ -44,7 +51,7 @@ SMALL = LanguageConfig(
     refine_after=1,
     refine_prompts=8,
     refine_samples=4,
-    gamma=0.1,
+    spg=SPGConfig(gamma=0.1, progress=False),
 )
 WORLD = GrammarWorld(
     demonstrations_count=96, max_new_tokens=16, annotator=Annotator(label_noise=0.0)
@@ -83,9 +90,9 @@ def test_methods_that_need_the_same_reward_model_share_it():
         RewardSpec("deep-0-epochs-5x", 0, epochs_scale=5.0)
     ]
     assert reward_specs(Method(members=5, family="heads")) == [RewardSpec("heads-5", 0, heads=5)]
-    refined = {r: reward_specs(Method(reward=r))[0] for r in ("retrained", "spg", "uml")}
+    refined = {r: reward_specs(Method(reward=r))[0] for r in ("control", "spg", "uml")}
     assert len({spec.seed for spec in refined.values()}) == 1  # told apart by method alone
-    assert [spec.refine for spec in refined.values()] == ["", "spg", "uml"]
+    assert [spec.refine for spec in refined.values()] == ["control", "spg", "uml"]
     for control in ("gold", "random", "length"):
         assert reward_specs(Method(reward=control)) == []
 
@@ -181,21 +188,46 @@ def test_the_logit_scale_undoes_the_members_standardisation(lab: Lab):
     )
 
 
+def test_a_later_round_stands_on_the_one_before():
+    specs = reward_specs(Method(reward="spg", rounds=3))
+    assert [s.name for s in specs] == ["spg-3"]
+    assert refined_from(specs[0]) == refined_spec("spg", 2)
+    assert refined_from(refined_spec("spg", 1)) == FIRST
+    assert len({FIRST.seed, *(refined_spec("spg", k).seed for k in (1, 2, 3))}) == 4
+    together = reward_specs(Method(reward="spg", rounds=2, ensemble_rounds=True))
+    assert [s.name for s in together] == ["deep-0", "spg", "spg-2"]
+    with pytest.raises(ValueError, match="rounds are for refined rewards, not for reward=learned"):
+        Method(rounds=2)
+
+
 def test_refinement_uses_samples_of_the_first_policy(lab: Lab):
-    optimise_first(lab, 0)
-    rows = (lab.ground(0) / "first" / "samples.jsonl").read_text().splitlines()
+    sample_optimised(lab, 0, FIRST)
+    rows = (lab.ground(0) / "sampled" / "deep-0" / "samples.jsonl").read_text().splitlines()
     assert len(rows) == 8
     assert len(json.loads(rows[0])["completions"]) == 4
     weights = {}
-    for name in ("retrained", "spg", "uml"):
+    for name in ("control", "spg", "uml"):
         spec = reward_specs(Method(reward=name))[0]
         train_member(lab, 0, spec)
         weights[name] = load_member(lab, 0, spec).head.state_dict()
-    found = json.loads((lab.ground(0) / "rewards" / "spg" / "synthetic.json").read_text())
+    summary = lab.ground(0) / "rewards" / "spg" / "preferences" / "summary.json"
+    found = json.loads(summary.read_text())["metrics"]
     assert 0 < found["accepted"] <= found["prompts"] == 8
     key = next(iter(weights["spg"]))
-    for one, other in (("retrained", "spg"), ("retrained", "uml"), ("spg", "uml")):
+    for one, other in (("control", "spg"), ("control", "uml"), ("spg", "uml")):
         assert not torch.equal(weights[one][key], weights[other][key])
+
+
+def test_rewards_are_held_against_gold_on_the_answers_they_started_from(lab: Lab):
+    world, method = lab.open(0), Method(reward="gold")
+    gold = reward_of(lab, world, method, 0)
+    assert told_of(lab, 0, gold, objectives.mean) == {}  # nobody has drawn the answers yet
+    sample_optimised(lab, 0, FIRST)
+    draw_shift(lab, 0)
+    told = told_of(lab, 0, gold, objectives.mean)
+    assert told == {"reference": 1.0, "moved": 1.0}  # gold orders all pairs as gold does
+    noise = told_of(lab, 0, reward_of(lab, world, Method(reward="random"), 0), objectives.mean)
+    assert all(0.3 < share < 0.7 for share in noise.values())
 
 
 def test_members_differ_in_what_they_see_and_start_from(lab: Lab):

@@ -17,11 +17,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trueward.data.formats import DataError, Prompt
+from trueward.data.formats import DataError, Prompt, prompt_key
 from trueward.refine.equivalence import (
     EmbeddingEquivalence,
     Equivalence,
     NLIEquivalence,
+    NLILabel,
+    RoutedEquivalence,
     cluster,
     exact_answer,
     exact_match,
@@ -289,6 +291,15 @@ def test_embeddings_are_compared_by_cosine_and_computed_once() -> None:
     assert near([], [], []) == []
     assert near(["q"], ["59"], ["90"]) == [True]
     assert seen == [["0", "10", "59", "61", "69", "180"], ["90"]]
+
+
+def test_forgotten_embeddings_are_computed_again() -> None:
+    seen: list[list[str]] = []
+    near = EmbeddingEquivalence(embed_numbers(seen), threshold=0.5)
+    before = near(["p"], ["0"], ["59"])
+    near.forget()
+    assert near(["p"], ["0"], ["59"]) == before
+    assert seen == [["0", "59"]] * 2
 
 
 def test_default_threshold_is_085() -> None:
@@ -578,3 +589,99 @@ def test_nli_clusters_like_the_reference_procedure() -> None:
     found = cluster(["why"] * 5, lists, equivalent)
     assert found == expected
     assert 1 < max(max(ids) for ids in found) + 1 < 6
+
+
+class LabelTable(NLIEquivalence):
+    """An NLI model whose labels are given: entailment of a text in itself, else what is named."""
+
+    def __init__(self, mode: str, **named: NLILabel) -> None:
+        super().__init__(nli_model(), tokenizer(), mode=mode)  # type: ignore[arg-type]
+        self.named = named
+
+    def labels(
+        self, prompts: Sequence[Prompt], premises: Sequence[str], hypotheses: Sequence[str]
+    ) -> list[NLILabel]:
+        pairs = zip(premises, hypotheses, strict=True)
+        return [self.named.get(a + b, "neutral") for a, b in pairs]
+
+
+def test_the_three_modes_partition_the_same_samples_differently() -> None:
+    # a and b entail each other, c is entailed by a alone, d is unrelated, e contradicts a and d.
+    table: dict[str, NLILabel] = {
+        "ab": "entailment",
+        "ba": "entailment",
+        "ac": "entailment",
+        "ae": "contradiction",
+        "ed": "contradiction",
+    }
+    found = {
+        mode: cluster(["p"], [["a", "b", "c", "d", "e"]], LabelTable(mode, **table))[0]
+        for mode in ("strict", "relaxed", "no_contradiction")
+    }
+    assert found == {
+        "strict": [0, 0, 1, 2, 3],
+        "relaxed": [0, 0, 0, 1, 2],
+        "no_contradiction": [0, 0, 0, 0, 1],
+    }
+
+
+def test_entailment_is_not_transitive_so_the_order_of_the_samples_changes_the_clusters() -> None:
+    table: dict[str, NLILabel] = {
+        "ab": "entailment",
+        "ba": "entailment",
+        "bc": "entailment",
+        "cb": "entailment",
+    }
+    nli = LabelTable("strict", **table)
+    assert cluster(["p"], [["a", "b", "c"]], nli) == [[0, 0, 1]]
+    assert cluster(["p"], [["b", "a", "c"]], nli) == [[0, 0, 0]]
+
+
+def test_the_modes_share_one_file_of_labels(tmp_path: Path) -> None:
+    path = tmp_path / "nli.jsonl"
+    model = nli_model()
+    rows = count_rows(model)
+    firsts, seconds = texts(60)[:30], texts(60)[30:]
+    answers = [
+        NLIEquivalence(model, tokenizer(), mode=mode, cache_path=path)(
+            ["why"] * 30, firsts, seconds
+        )  # type: ignore[arg-type]
+        for mode in ("strict", "relaxed", "no_contradiction")
+    ]
+    assert sum(rows) == 60  # both directions, once for all three
+    assert sum(answers[0]) < sum(answers[1]) < sum(answers[2])
+
+
+# --- By route ------------------------------------------------------------------------------------
+
+
+def test_each_prompt_is_compared_by_its_own_route() -> None:
+    loose, never = Recorder(lambda a, b: True), Recorder(lambda a, b: False)
+    german: Prompt = [{"role": "user", "content": "warum"}]
+    routed = RoutedEquivalence(
+        {"de": never, "fr": loose, "at": never},
+        routes_of={prompt_key(german): "de", prompt_key("wieso"): "at", prompt_key("why"): "en"},
+        default=loose,
+    )
+    prompts: list[Prompt] = ["why", german, "what", "wieso", "why"]
+    answers = routed(prompts, list("abcde"), list("vwxyz"))
+    assert answers == [True, False, True, False, True]
+    # One call for each equivalence, whatever the number of routes to it.
+    assert loose.calls == [[("why", "a", "v"), ("what", "c", "x"), ("why", "e", "z")]]
+    assert never.calls == [[(german, "b", "w"), ("wieso", "d", "y")]]
+    assert routed([], [], []) == []
+
+
+def test_routes_find_a_string_and_the_same_text_as_a_turn_alike() -> None:
+    routed = RoutedEquivalence(
+        {"de": lambda p, a, b: [True] * len(a)},
+        routes_of={prompt_key("warum"): "de"},
+        default=exact_match,
+    )
+    assert routed([[{"role": "user", "content": "warum"}]], ["a"], ["b"]) == [True]
+
+
+def test_a_prompt_without_a_route_needs_a_default() -> None:
+    routed = RoutedEquivalence({"de": exact_match}, routes_of={}, default=None)
+    with pytest.raises(ValueError, match="The prompt 'why' has no route"):
+        routed(["why"], ["a"], ["b"])

@@ -5,13 +5,20 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from trueward.data.formats import PreferenceRow, Prompt, load_preferences, write_jsonl
+from trueward.data.formats import Completion, PreferenceRow, Prompt, load_preferences, write_jsonl
 from trueward.refine.equivalence import exact_match
 from trueward.refine.synthetic import (
+    KindReport,
+    PromptOutcome,
     Skipped,
     SyntheticPreference,
+    clustered_outcomes,
     confidence,
+    judged_outcomes,
+    judged_pairs,
+    result_of,
     reward_ranked_pairs,
     select_pair,
     synthetic_preferences,
@@ -49,6 +56,16 @@ def test_chosen_is_the_best_of_the_largest_cluster_even_if_another_scores_higher
     rewards = [1.0, 9.0, 3.0, 2.0]
     for seed in range(10):
         assert pick(rewards, [0, 1, 0, 0], seed=seed) == (2, 1)
+
+
+def test_confidence_counts_the_samples_that_were_left_out() -> None:
+    assert confidence([0, 0, 1], samples=10) == 0.2
+    # 2 of 4 is exactly gamma; 2 of 5 is not, though 2 of the 3 in the list would be.
+    for samples, accepted in ((4, True), (5, False)):
+        pair = select_pair(
+            names(3), [1.0] * 3, [0, 0, 1], gamma=0.5, generator=generator(), samples=samples
+        )
+        assert isinstance(pair, tuple) is accepted
 
 
 def test_exactly_gamma_is_accepted_and_less_is_not() -> None:
@@ -92,6 +109,77 @@ def test_rejected_is_uniform_over_the_other_clusters() -> None:
     assert set(drawn) == {3, 4, 5}
     # Standard deviation of a count is 26.
     assert all(abs(count - 1000) < 105 for count in drawn.values())
+
+
+def test_rejected_is_uniform_over_seeds_with_twins_counted_one_by_one() -> None:
+    letters = ["a", "a", "a", "a", "b", "b", "c", "d"]
+    count = 4000
+    drawn = Counter(
+        synthetic_preferences(["p"], [letters], torch.zeros(1, 8), equivalent=exact_match, seed=s)
+        .preferences[0]
+        .rejected_index
+        for s in range(count)
+    )
+    assert set(drawn) == {4, 5, 6, 7}
+    expected = count / 4
+    chi_square = sum((drawn[i] - expected) ** 2 / expected for i in (4, 5, 6, 7))
+    assert chi_square < 16.27  # 0.999 quantile at three degrees of freedom
+
+
+def test_length_matched_takes_the_nearest_length_outside_the_cluster() -> None:
+    texts = ["x" * 10, "x" * 10 + ".", "y" * 4, "y" * 24, "y" * 30, "y" * 2]
+    for seed in range(10):  # 24 is 2.4 times as long, 4 is 2.5 times as short
+        pair = select_pair(
+            texts,
+            [1.0, 0.0, 5.0, 4.0, 3.0, 2.0],
+            [0, 0, 1, 2, 3, 4],
+            gamma=0.0,
+            generator=generator(seed),
+            rejected="length_matched",
+        )
+        assert pair == (0, 3)
+
+
+def test_length_matched_draws_among_equally_near_ones() -> None:
+    texts = [
+        "x" * 6,
+        "x" * 6,
+        "y" * 3,
+        "y" * 12,
+        "y" * 20,
+        "z" * 12,
+    ]  # 3 and 12 are both a factor 2
+    drawn = Counter(
+        select_pair(
+            texts,
+            [0.0] * 6,
+            [0, 0, 1, 2, 3, 4],
+            gamma=0.0,
+            generator=generator(seed),
+            rejected="length_matched",
+        )
+        for seed in range(300)
+    )
+    assert set(drawn) == {(0, 2), (0, 3), (0, 5)}
+    assert all(abs(count - 100) < 40 for count in drawn.values())  # five standard deviations
+
+
+def test_length_matched_narrows_the_difference_in_length() -> None:
+    noise = generator(3)
+    lengths = torch.randint(1, 60, (200, 10), generator=noise).tolist()
+    completions = [
+        ["same"] * 5 + [f"{'y' * n} {i}" for i, n in enumerate(row[:5])] for row in lengths
+    ]
+    prompts: list[Prompt] = [f"p{i}" for i in range(200)]
+    rewards = torch.randn(200, 10, generator=noise)
+    gaps = []
+    for rejected in ("uniform", "length_matched"):
+        report = synthetic_preferences(
+            prompts, completions, rewards, equivalent=exact_match, rejected=rejected
+        ).report
+        assert report.accepted == 200
+        gaps.append(abs(report.mean_rejected_length - report.mean_chosen_length))  # type: ignore[operator]
+    assert gaps[1] < gaps[0] / 2
 
 
 def test_the_generator_decides() -> None:
@@ -168,11 +256,11 @@ def test_preferences_and_report_by_hand() -> None:
             chosen_index=1,
             rejected_index=2,
         ),
-        SyntheticPreference(  # the first "22" has no reward: two of the three that are left agree
+        SyntheticPreference(  # the first "22" has no reward: two of all four count as agreeing
             prompt=[{"role": "user", "content": "two?"}],
             chosen=[{"role": "assistant", "content": "22"}],
             rejected=[{"role": "assistant", "content": "3"}],
-            confidence=2 / 3,
+            confidence=0.5,
             cluster_sizes=(1, 2),
             chosen_reward=2.0,
             rejected_reward=4.0,
@@ -185,9 +273,25 @@ def test_preferences_and_report_by_hand() -> None:
     assert (report.low_confidence, report.single_cluster, report.no_completions) == (1, 1, 1)
     assert (report.tied_rewards, report.left_out) == (0, 5)
     assert report.cluster_counts == {1: 1, 2: 2, 4: 1}
-    assert report.mean_confidence == pytest.approx((0.75 + 2 / 3 + 0.25 + 1) / 4)
+    assert report.mean_confidence == pytest.approx((0.75 + 0.5 + 0.25 + 1) / 4)
     assert report.mean_chosen_length == 3.5  # "Blue!" and "22"
     assert report.mean_rejected_length == 2.0  # "red" and "3"
+    assert report.acceptance_rate == 0.4
+    assert report.chosen_longer == 1.0
+    assert report.duplicates == 1  # the third "22": the first one is left out
+    assert report.confidence_counts == {"0.2": 1, "0.5": 1, "0.7": 1, "1.0": 1}
+    assert (report.by_kind, report.thresholds) == ({}, {})
+    assert json.loads(json.dumps(report.as_dict()))["cluster_counts"] == {"1": 1, "2": 2, "4": 1}
+
+
+def test_left_out_completions_count_against_the_confidence() -> None:
+    for others, accepted in (([" ", "b"], 1), ([" ", "", "b"], 0)):  # 2 of 4, 2 of 5
+        texts = ["a", "a", *others]
+        report = synthetic_preferences(
+            ["p"], [texts], torch.zeros(1, len(texts)), equivalent=exact_match
+        ).report
+        assert (report.accepted, report.low_confidence) == (accepted, 1 - accepted)
+        assert report.mean_confidence == 2 / len(texts)
 
 
 def test_gamma_zero_selects_all_that_have_a_pair() -> None:
@@ -341,3 +445,114 @@ def test_reward_ranked_pairs_are_uniform_over_pairs_of_different_texts() -> None
     other = reward_ranked_pairs(prompts, [["a", "b", "b"]] * count, rewards, seed=1)
     assert again == result
     assert other != result
+
+
+# --- judged_pairs --------------------------------------------------------------------------------
+
+
+class Alphabetical:
+    """A judge that prefers the earlier letter, with probability 3/4, and remembers its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[Prompt, Completion, Completion]]] = []
+
+    def __call__(
+        self, prompts: Sequence[Prompt], one: Sequence[Completion], other: Sequence[Completion]
+    ) -> Tensor:
+        self.calls.append(list(zip(prompts, one, other, strict=True)))
+        found = [0.5 if "=" in a + b else 0.75 if a < b else 0.25 for _, a, b in self.calls[-1]]
+        return torch.tensor(found, dtype=torch.float64)
+
+
+def test_a_judge_orders_random_pairs_and_the_rewards_do_not() -> None:
+    prompts: list[Prompt] = ["p", [{"role": "user", "content": "q"}], "same", "tied", "none"]
+    completions = [["b", "a"], ["c", "d"], ["e", "e"], ["=", "g"], ["h", " "]]
+    rewards = [[9.0, 1.0], [1.0, 9.0], [1.0, 2.0], [3.0, 4.0], [NAN, 1.0]]
+    judge = Alphabetical()
+    result = judged_pairs(prompts, completions, rewards, judge=judge)
+    first, second = result.preferences
+    assert (first.chosen, first.rejected) == ("a", "b")
+    assert (first.chosen_reward, first.rejected_reward) == (1.0, 9.0)
+    assert second.chosen == [{"role": "assistant", "content": "c"}]
+    report = result.report
+    assert (report.accepted, report.single_cluster, report.no_completions) == (2, 1, 1)
+    assert (report.tied_judgements, report.tied_rewards, report.left_out) == (1, 0, 2)
+    assert judge.calls == [[("p", "b", "a"), (prompts[1], "c", "d"), ("tied", "=", "g")]]
+    outcomes = judged_outcomes(prompts, completions, rewards, judge=judge)
+    assert [o.judgement for o in outcomes] == [0.25, 0.75, None, 0.5, None]
+
+
+def test_judged_and_ranked_pairs_are_the_same_pairs_for_a_seed() -> None:
+    prompts, completions, rewards = many(40)
+    judged = judged_pairs(prompts, completions, rewards, judge=Alphabetical(), seed=3)
+    ranked = reward_ranked_pairs(prompts, completions, rewards, seed=3)
+    sides = [
+        [{p.chosen_index, p.rejected_index} for p in made.preferences] for made in (judged, ranked)
+    ]
+    assert sides[0] == sides[1]
+    assert list(judged.to_rows()[0]) == list(ranked.to_rows()[0])
+    assert [p.chosen for p in judged.preferences] != [p.chosen for p in ranked.preferences]
+    assert all(p.chosen < p.rejected for p in judged.preferences)  # type: ignore[operator]
+
+
+def test_a_judge_that_gives_no_probabilities_is_refused() -> None:
+    for bad in (torch.tensor([1.5]), torch.tensor([NAN]), torch.tensor([0.5, 0.5])):
+        with pytest.raises(ValueError, match="one probability for each pair: asked about 1"):
+            judged_pairs(["p"], [["a", "b"]], [[1.0, 2.0]], judge=lambda *texts, bad=bad: bad)
+
+
+# --- outcomes ------------------------------------------------------------------------------------
+
+
+def test_lists_of_different_lengths_are_taken() -> None:
+    completions = [["a", "a", "b"], ["c"], [], ["d", "e"]]
+    rewards = [[1.0, 2.0, 3.0], [1.0], [], [1.0, 2.0]]
+    result = synthetic_preferences(
+        ["p", "q", "r", "s"], completions, rewards, equivalent=exact_match
+    )
+    assert [(p.prompt, p.chosen_index, p.confidence) for p in result.preferences] == [
+        ("p", 1, 2 / 3),
+        ("s", 1, 0.5),
+    ]
+    assert result.report.no_completions == 1
+    assert result.report.mean_confidence == pytest.approx((2 / 3 + 1 + 0.5) / 3)
+
+
+def test_outcomes_keep_all_that_was_decided_on_and_survive_json() -> None:
+    outcomes = clustered_outcomes(PROMPTS, COMPLETIONS, REWARDS, equivalent=exact_match)
+    second, third = outcomes[1], outcomes[2]
+    assert second.clusters == (None, 0, 1, 1)
+    assert second.rewards == (None, 4.0, 1.0, 2.0)
+    assert (second.cluster_sizes, second.confidence) == ((1, 2), 0.5)
+    row = third.as_row("life?")
+    assert (row["outcome"], row["confidence"]) == ("low confidence", 0.25)
+    assert row["cluster_sizes"] == [1, 1, 1, 1]
+    assert outcomes[0].as_row("sky?")["outcome"] == "accepted"
+    for outcome, prompt in zip(outcomes, PROMPTS, strict=True):
+        kept = json.loads(json.dumps(outcome.as_row(prompt), allow_nan=False))
+        assert PromptOutcome.from_row(kept, prompt) == outcome
+
+
+def test_acceptance_is_reported_by_kind() -> None:
+    outcomes = clustered_outcomes(PROMPTS, COMPLETIONS, REWARDS, equivalent=exact_match)
+    report = result_of(outcomes, kinds=["en", "de", "de", "", "en"]).report
+    assert report.by_kind == {
+        "": KindReport(prompts=1, accepted=0, acceptance_rate=0.0, mean_confidence=1.0),
+        "de": KindReport(prompts=2, accepted=1, acceptance_rate=0.5, mean_confidence=0.375),
+        "en": KindReport(prompts=2, accepted=1, acceptance_rate=0.5, mean_confidence=0.75),
+    }
+
+
+def test_confidences_are_counted_by_whole_tenths() -> None:
+    for agree, n, tenth in ((1, 10, "0.1"), (5, 10, "0.5"), (7, 25, "0.2"), (19, 20, "0.9")):
+        texts = ["same"] * agree + [f"other {i}" for i in range(n - agree)]
+        report = synthetic_preferences(
+            ["p"], [texts], torch.zeros(1, n), equivalent=exact_match
+        ).report
+        assert report.confidence_counts == {tenth: 1}
+
+
+def test_equal_lengths_count_as_half() -> None:
+    completions = [["aa", "b"], ["a", "bb"], ["a", "b"], ["aaa", "b"]]
+    result = reward_ranked_pairs(["p", "q", "r", "s"], completions, [[2.0, 1.0]] * 4)
+    assert result.report.chosen_longer == (1 + 0 + 0.5 + 1) / 4

@@ -10,6 +10,7 @@ from trueward.commands.evaluation import (
     evaluate,
     report,
 )
+from trueward.commands.preferences import AuditCommand, audit
 from trueward.commands.sampling import SampleCommand, ScoreCommand, sample, score
 from trueward.commands.training import (
     PolicyCommand,
@@ -27,6 +28,7 @@ from trueward.lab.compare import run_compare
 from trueward.lab.demo import DemoConfig, run_demo
 from trueward.lab.families import FamiliesConfig, run_families
 from trueward.lab.plan import CompareConfig
+from trueward.lab.refinements import RefinementsConfig, run_refinements
 from trueward.pipeline import RLPConfig
 
 RUNS: dict[str, tuple[type, Callable[..., object]]] = {
@@ -38,10 +40,12 @@ RUNS: dict[str, tuple[type, Callable[..., object]]] = {
     "score": (ScoreCommand, score),
     "refine": (RefineCommand, refine),
     "rlp": (RLPConfig, rlp),
+    "audit": (AuditCommand, audit),
     "evaluate": (EvaluateCommand, evaluate),
     "average": (AverageCommand, average),
     "compare": (CompareConfig, run_compare),
     "families": (FamiliesConfig, run_families),
+    "refinements": (RefinementsConfig, run_refinements),
     "report": (ReportCommand, report),
 }
 

@@ -1,9 +1,8 @@
 """Commands that train: sft, reward, policy, refine, rlp."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from trueward.commands.shared import (
     DataOptions,
@@ -17,26 +16,37 @@ from trueward.commands.shared import (
 )
 from trueward.data.formats import (
     Completion,
-    DataError,
     Prompt,
     load_demonstrations,
     load_preferences,
     load_prompts,
+    prompt_key,
     read_jsonl,
     split_by_prompt,
     text_of,
 )
+from trueward.evaluate.policy_judge import policy_judge
 from trueward.models.policy import Policy
+from trueward.models.reward_function import Reward, load_reward_models, posterior_function
 from trueward.models.reward_model import RewardModel
 from trueward.models.scratch import ModelSource, load_policy
-from trueward.options import ObjectiveConfig, SPGConfig
-from trueward.pipeline import RLPConfig, evaluate_on, run_rlp, write_synthetic
-from trueward.refine.multiview import MultiView, MultiViewConfig
+from trueward.options import ObjectiveConfig
+from trueward.pipeline import RLPConfig, evaluate_on, run_rlp
+from trueward.refine.multiview import MultiViewConfig
+from trueward.refine.refinement import (
+    METHODS,
+    RefineMethod,
+    refine_reward,
+    warm_start,
+    with_facts,
+)
+from trueward.refine.spg import SPGConfig
 from trueward.report.run import report_run
 from trueward.sampling import fitting_prompts, read_samples
 from trueward.train.families import FamilyConfig, train_family
 from trueward.train.policy import PolicyConfig, train_policy
-from trueward.train.reward import RewardConfig, train_reward
+from trueward.train.reward import RewardConfig
+from trueward.train.run_folder import finished_summary
 from trueward.train.sft import SFTConfig, train_sft
 
 
@@ -166,68 +176,92 @@ def policy(config: PolicyCommand) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RefineCommand:
-    """Retrain a reward model on what the policy writes."""
+    """Retrain a reward on what the policy writes."""
 
-    method: Literal["spg", "uml"]
-    reward_model: str  # the current one: it ranks SPG's samples
+    # spg, and its ablations reward, select_all, rlaif: synthetic preferences. uml, and its
+    # ablations infomax, mvi, contrastive: a loss beside the training. spg_uml: both. control:
+    # neither, the same training with nothing new.
+    method: RefineMethod
+    reward_model: str  # the current one (or a folder of several): it ranks SPG's samples
     preferences: str  # D: file, folder, or hub name
     samples: str  # from `trueward sample`, n completions for each prompt
-    backbone: str  # the SFT model: the new reward model starts from it
+    backbone: str  # the SFT model: the new reward starts from it
     output_dir: str
     warm_start: bool = False  # start from the current reward model instead
+    policy: str = ""  # rlaif: who judges the samples, the policy that wrote them
+    held_out: float = 0.05  # share of D's prompts kept for the evaluation
+    evaluation: dict[str, str] = field(default_factory=dict)  # name -> more preferences
     data: DataOptions = field(default_factory=DataOptions)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    family: FamilyConfig = field(default_factory=FamilyConfig)  # of the new reward
     spg: SPGConfig = field(default_factory=SPGConfig)
     uml: MultiViewConfig = field(default_factory=MultiViewConfig)
     train: RewardConfig = field(default_factory=RewardConfig)
 
+    def __post_init__(self) -> None:
+        self.family.require_own_options()
+        if METHODS[self.method].pairs == "rlaif" and not self.policy:
+            raise ValueError("method=rlaif asks the policy which sample is better: give --policy.")
+
 
 def refine(config: RefineCommand) -> None:
-    """Train the refined reward model and save it in `output_dir/model`."""
+    """Train the refined reward and save it in `output_dir/model`."""
     if finished(config, "refine"):
         return
     out = Path(config.output_dir)
     loaded = load_preferences(config.preferences, **config.data.arguments())
-    current = RewardModel.from_pretrained(config.reward_model)
-    kind = current.head.describe()["kind"] if current.head is not None else "published"
-    if kind not in ("scalar", "gaussian") and not config.warm_start:
-        raise DataError(
-            f"refine makes scalar or Gaussian heads anew, and {config.reward_model} has a {kind} "
-            "head: give one of those, or train on with warm_start."
-        )
-    model = current
-    if not config.warm_start:
-        members = current.members if current.members > 1 else 0
-        model = RewardModel.from_backbone(
-            config.backbone,
-            members=members,
-            max_length=config.train.max_length,
-            seed=config.train.seed,
-        )
-    model.facts = {"training data": Path(config.preferences).name, "refined by": config.method}
+    rows, held_out = split_by_prompt(loaded.rows, fraction=config.held_out, seed=config.train.seed)
+    sets = {"test": held_out} if held_out else {}  # trainers have a held_out of their own
+    for name, source in config.evaluation.items():
+        sets[name] = load_preferences(source, **config.data.arguments()).rows
+    models = load_reward_models(config.reward_model)
+    current: Reward = models[0] if len(models) == 1 else models
     drawn = read_samples(config.samples)
-    start(config, "refine")
-    rows, auxiliary = list(loaded.rows), None
-    if config.method == "uml":
-        width = model.backbone.config.get_text_config().hidden_size
-        auxiliary = MultiView(width, drawn, config.uml)
-    else:
-        needs_states = config.spg.equivalence == "policy_states"
-        made = write_synthetic(
-            config.spg,
-            config.objective,
-            current,
-            Policy.from_pretrained(config.backbone) if needs_states else None,
-            drawn,
-            out,
-            seed=config.train.seed,
-        )
-        console.print(numbers_text(dataclasses.asdict(made.report)), highlight=False)
-        rows += made.to_preferences()
-    train_reward(
-        model, rows, config.train, output_dir=out, report=loaded.report, auxiliary=auxiliary
+    ingredients = METHODS[config.method]
+    embeds = config.spg.equivalence == "policy_states" and (
+        ingredients.pairs in ("spg", "select_all") or config.uml.views == "cluster"
     )
+
+    def make(**options: Any) -> RewardModel:
+        own: dict[str, Any] = {"max_length": config.train.max_length, **options}
+        return RewardModel.from_backbone(config.backbone, **own)
+
+    objective, posterior_of = config.objective.build(), posterior_function(current)
+    start(config, "refine")
+    refine_reward(
+        config.method,
+        with_facts(
+            warm_start(current) if config.warm_start else make,
+            {"training data": Path(config.preferences).name, "refined by": config.method},
+        ),
+        rows,
+        drawn,
+        rewards=lambda prompts, answers: objective(posterior_of(prompts, answers)),
+        train=config.train,
+        output_dir=out,
+        family=config.family,
+        spg=config.spg,
+        uml=config.uml,
+        policy=Policy.from_pretrained(config.backbone) if embeds else None,
+        judge=policy_judge(Policy.from_pretrained(config.policy)) if config.policy else None,
+        routes=_routes(config),
+        report=loaded.report,
+        evaluation=lambda reward: evaluate_on(reward, sets),
+    )
+    made = finished_summary(out / "preferences")
+    if made is not None:
+        console.print(numbers_text(made["metrics"]), highlight=False)
     tell(config.output_dir, loaded)
+
+
+def _routes(config: RefineCommand) -> dict[str, str]:
+    """Return the value by which each prompt of the samples chooses its equivalence."""
+    field_of = config.spg.route_by
+    return {
+        prompt_key(row["prompt"]): str(row[field_of])
+        for _, row in read_jsonl(config.samples)
+        if config.spg.routes and field_of in row
+    }
 
 
 def rlp(config: RLPConfig) -> None:

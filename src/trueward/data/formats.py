@@ -84,7 +84,8 @@ def load_preferences(
 
     Columns: `prompt`, `chosen`, `rejected` (all strings, or all lists of messages); or `chosen` and
     `rejected` that begin with the same prompt; or AlpacaFarm's `instruction`, `input`, `output_1`,
-    `output_2`, `preference`. Optional: `margin`, a finite number or null; `tie`, true or false.
+    `output_2`, `preference`. Optional: `margin`, a finite number or null; `weight`, a finite number
+    of at least 0 or null, for 1; `tie`, true or false.
 
     Args:
         source: A file, a folder, or a name; see `resolve_source`.
@@ -235,6 +236,7 @@ def _demonstration_parts(row: DemonstrationRow) -> list[Prompt]:
 
 
 _PAIR_COLUMNS = {"prompt", "chosen", "rejected", "margin", "tie"}
+_WEIGHT = "weight"  # of a pair; a prompt keeps a column of this name
 _ALPACA_FARM_COLUMNS = {"instruction", "input", "output_1", "output_2", "preference"}
 _ANSWER_COLUMNS = {"completion", "messages", "output"}
 
@@ -247,6 +249,7 @@ def _preference(
     chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
     prompt = _text(record, "prompt") if record.get("prompt") is not None else None
     margin, tie = _margin(record.get("margin")), _tie(record.get("tie"))
+    weight = _weight(record.get(_WEIGHT))
     _refuse_mixed({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if tie and not keep_ties:
         raise _UnusableRowError("tie", "marked as a tie")
@@ -266,8 +269,8 @@ def _preference(
     if conversational:
         prompt = as_turn(prompt, "user")
         chosen, rejected = as_turn(chosen, "assistant"), as_turn(rejected, "assistant")
-    extra = _others(record, _PAIR_COLUMNS) | ({"tie": True} if tie else {})
-    return PreferenceRow(prompt, chosen, rejected, margin, where, extra)
+    extra = _others(record, {*_PAIR_COLUMNS, _WEIGHT}) | ({"tie": True} if tie else {})
+    return PreferenceRow(prompt, chosen, rejected, margin, where, extra, weight)
 
 
 def _prompt(record: dict[str, Any], where: str, conversational: bool) -> PromptRow:
@@ -435,15 +438,30 @@ def _string(record: dict[str, Any], column: str) -> str:
 def _margin(value: object) -> float | None:
     if value is None:
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            margin = float(value)
-        except OverflowError:
-            margin = math.inf
-        if math.isfinite(margin):
-            return margin
+    margin = _number(value)
+    if margin is not None:
+        return margin
     detail = f"'margin' must be a finite number or null, got {str(value)[:40]!r}"
     raise _UnusableRowError("bad value", detail)
+
+
+def _weight(value: object) -> float:
+    weight = 1.0 if value is None else _number(value)
+    if weight is not None and weight >= 0:
+        return weight
+    detail = f"'weight' must be a finite number of at least 0 or null, got {str(value)[:40]!r}"
+    raise _UnusableRowError("bad value", detail)
+
+
+def _number(value: object) -> float | None:
+    """Return a finite number as a float, None for anything else."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _tie(value: object) -> bool:

@@ -20,7 +20,8 @@ class PreferenceRow:
     """One comparison: `chosen` was preferred to `rejected` as the answer to `prompt`.
 
     `margin` says by how much, where the source knows; `where` is the file and line; `extra` holds
-    the source's other columns (`tools`, `chat_template_kwargs`, labels, ...).
+    the source's other columns (`tools`, `chat_template_kwargs`, labels, ...). `weight` is what the
+    pair counts for where a reward is trained on it, at least 0; only its ratio to others matters.
     """
 
     prompt: Prompt
@@ -29,6 +30,7 @@ class PreferenceRow:
     margin: float | None = None
     where: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

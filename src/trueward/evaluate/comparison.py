@@ -1,8 +1,8 @@
 """Methods compared over seeds: means, intervals, peaks, drops, win rates."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +41,8 @@ class SeedRun:
     prompts), `proxy`, `length` (words), and where known `kl/exact`, `kl/k1`, `kl/k2`, `kl/k3` (nats
     a completion; best-of-n has `kl/bound` instead, `log n - (n-1)/n`, exact without ties and an
     upper bound with them), `spread` (std between members, mean over answers), `agreement` (of proxy
-    with gold on pairs of the policy's own answers).
+    with gold on pairs of the policy's own answers), `win_rate` (share of pairs of its and the
+    reference policy's answers in which its has more gold).
     """
 
     seed: int
@@ -50,6 +51,9 @@ class SeedRun:
     final_gold: Sequence[float] = ()  # of the optimised policy's answer to each evaluation prompt
     probabilities: Sequence[float] = ()  # held-out pairs: the reward's chance that the first wins
     outcomes: Sequence[bool] = ()  # and whether the annotator prefers it
+    # Share of pairs that the reward orders as gold does, by whose answers they are: the reference
+    # policy's, and those of the policy that was optimised a little against the first reward.
+    agreements: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +135,10 @@ class MethodSummary:
     spread_end: float
     agreement_start: float
     agreement_end: float
+    win_rate_end: Estimate  # against the reference policy; NaN where it is not known
+    # Of the reward, by whose answers; with the policy's own at the end.
+    agreements: Mapping[str, Estimate]
+    agreements_less_baseline: Mapping[str, Estimate]  # paired over common seeds
     seconds_mean: float  # of a cell
     seconds_max: float
 
@@ -329,6 +337,9 @@ def summarise(method: MethodRuns, baseline: MethodRuns | None = None) -> MethodS
         spread_end=spread[-1],
         agreement_start=agreement[0],
         agreement_end=agreement[-1],
+        win_rate_end=_estimate(_values(method, "win_rate")[:, -1]),
+        agreements=_over_seeds(_agreements(method)),
+        agreements_less_baseline=_agreements_less(method, baseline),
         seconds_mean=sum(seconds) / len(seconds),
         seconds_max=max(seconds),
     )
@@ -497,6 +508,39 @@ def _less_baseline(method: MethodRuns, baseline: MethodRuns | None) -> Estimate 
         if run.seed in others
     ]
     return _estimate(torch.tensor(differences, dtype=torch.float64))
+
+
+OWN = "own"  # in `agreements`: on the answers of the policy that the method ends with
+
+
+def _agreements(method: MethodRuns) -> dict[str, dict[int, float]]:
+    """Return agreement with gold by whose answers, then by seed."""
+    found: dict[str, dict[int, float]] = {}
+    for run in method.runs:
+        if not run.agreements:
+            continue
+        for name, value in (run.agreements | {OWN: run.points[-1]["agreement"]}).items():
+            found.setdefault(name, {})[run.seed] = value
+    return found
+
+
+def _over_seeds(found: Mapping[str, Mapping[int, float]]) -> dict[str, Estimate]:
+    return {
+        name: _estimate(torch.tensor(list(values.values()), dtype=torch.float64))
+        for name, values in found.items()
+    }
+
+
+def _agreements_less(method: MethodRuns, baseline: MethodRuns | None) -> dict[str, Estimate]:
+    if baseline is None or baseline.name == method.name:
+        return {}
+    theirs = _agreements(baseline)
+    return _over_seeds(
+        {
+            name: {s: v - theirs[name][s] for s, v in own.items() if s in theirs.get(name, {})}
+            for name, own in _agreements(method).items()
+        }
+    )
 
 
 def _require_same_prompts(

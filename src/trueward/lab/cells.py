@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from trueward.evaluate.overoptimization import (
     best_of_n_kl,
     best_of_n_sizes,
 )
+from trueward.evaluate.shift import agreement
 from trueward.lab.language import (
     Lab,
     RewardOf,
@@ -27,6 +28,7 @@ from trueward.lab.language import (
     read_pool,
     reward_of,
     scale_of,
+    told_of,
 )
 from trueward.lab.methods import Method
 from trueward.lab.worlds import stated_and_chosen, words_of
@@ -61,11 +63,24 @@ def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path)
     world, config = lab.open(seed), lab.config
     reward, objective = reward_of(lab, world, method, seed), method.objective.build()
     scale, prompts = scale_of(lab, seed), evaluation_prompts(world, config, seed)
-    # The same noise at every evaluation and for every method: differences are the policies'.
+    # The same noise at every evaluation and for every method: differences are the policies'. The
+    # reference policy's answers, which theirs are held against, are drawn with another.
     sampling = SamplingConfig(
         n=config.evaluation_samples,
         max_new_tokens=world.max_new_tokens,
         seed=seed_of(seed, "evaluation"),
+    )
+
+    against = scale(
+        world.gold(
+            [p for p in prompts for _ in range(sampling.n)],
+            [
+                s.text
+                for s in sample(
+                    world.policy, prompts, replace(sampling, seed=seed_of(seed, "win rate"))
+                )
+            ],
+        )
     )
 
     def evaluate(policy: Policy, step: int) -> dict[str, float]:
@@ -76,6 +91,7 @@ def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path)
         gold = scale(world.gold(asked, answers))
         judged = Judged(asked, answers, gold, objective(posterior))
         point = {"step": float(step)} | measures(judged, posterior, samples=sampling.n)
+        point["win_rate"] = wins(gold.view(-1, sampling.n), against.view(-1, sampling.n))
         point |= kl_metrics(policy, world.policy, drawn, max_tokens=config.max_batch_tokens)
         write_evaluation(folder, step, point, judged, every=sampling.n)
         return {f"evaluation/{key}": value for key, value in point.items()}
@@ -103,6 +119,7 @@ def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path)
         final_gold=read_evaluation(folder, steps)["gold"],
         probabilities=probabilities,
         outcomes=outcomes,
+        agreements=told_of(lab, seed, reward, objective),
     )
     write_result(run, folder, result)
 
@@ -157,21 +174,15 @@ def measures(judged: Judged, posterior: RewardPosterior, *, samples: int) -> Poi
     return point
 
 
-def agreement(proxy: Tensor, gold: Tensor) -> float:
-    """Share of a prompt's pairs of answers that the proxy orders as gold does; ties count half.
+def wins(gold: Tensor, reference: Tensor) -> float:
+    """Share of the pairs of a policy's and the reference's answers in which the policy's has more.
 
     Args:
-        proxy: [prompt, sample].
-        gold: [prompt, sample]; pairs of equal gold are left out.
-
-    Returns:
-        NaN where no pair differs in gold.
+        gold: [prompt, sample] of the policy's.
+        reference: [prompt, sample] of the reference policy's; ties count half.
     """
-    first, second = torch.triu_indices(gold.shape[1], gold.shape[1], offset=1).unbind(0)
-    wanted = (gold[:, first] - gold[:, second]).sign()
-    said = (proxy[:, first] - proxy[:, second]).sign()
-    right = ((wanted * said) + 1) / 2  # 1, 1/2 for a tied proxy, 0
-    return right[wanted != 0].mean().item()
+    sign = (gold[:, :, None] - reference[:, None, :]).sign()
+    return ((sign + 1) / 2).mean().item()
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ METHODS = {
         members=5,
         objective=ObjectiveConfig(name="uncertainty_weighted", coef=0.5),
     ),
-    "retrained": Method(label="retrained (control)", reward="retrained"),
+    "retrained": Method(label="retrained (control)", reward="control"),
     "spg": Method(label="RLP-SPG", reward="spg"),
     "uml": Method(label="RLP-UML", reward="uml"),
     "gold": Method(label="gold itself", reward="gold"),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trueward.data.rows import Completion, PreferenceRow, Prompt, text_of
 from trueward.evaluate.comparison import Point, SeedRun
-from trueward.lab.methods import Method
+from trueward.lab.methods import REFINED, Method
 from trueward.lab.worlds import Annotator, stated_and_chosen, words_of
 from trueward.posterior import RewardPosterior
 
@@ -371,10 +371,7 @@ def require_known(world: ExactWorld, method: Method) -> None:
         )
     reasons = {
         "length": "all responses of the exact world have the same length",
-        "retrained": "nothing is trained in the exact world, so nothing can be retrained",
-        "spg": "the exact world has no policy samples to make preferences from",
-        "uml": "the exact world has no policy samples to learn from",
-    }
+    } | dict.fromkeys(REFINED, "nothing is trained in the exact world, so nothing can be refined")
     if method.reward in reasons:
         raise ValueError(
             f"reward={method.reward}: {reasons[method.reward]}; it has learned, gold and random."

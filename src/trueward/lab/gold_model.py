@@ -39,9 +39,9 @@ from trueward.lab.worlds import Annotator, answers_of, words_of
 from trueward.models.policy import Policy
 from trueward.models.reward_model import OverlongError, RewardModel
 from trueward.models.scratch import ALPACA_CHAT_TEMPLATE, ModelSource, load_policy
-from trueward.options import SPGConfig
 from trueward.pipeline import evaluate_on
 from trueward.refine.equivalence import Equivalence
+from trueward.refine.spg import SPGConfig
 from trueward.train.loop import permutation
 from trueward.train.reward import RewardConfig, train_reward
 from trueward.train.run_folder import RunFolder, finished_summary, write_text

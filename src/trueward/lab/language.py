@@ -6,9 +6,8 @@ is done once and goes on after a kill; `lab.cells` stands on them.
 """
 
 import copy
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,24 +21,27 @@ from trueward import objectives
 from trueward.data.formats import load_preferences
 from trueward.data.rows import Completion, PreferenceRow, Prompt
 from trueward.data.sources import read_jsonl, write_jsonl
+from trueward.evaluate.shift import agreement
 from trueward.lab.controls import length_reward, random_reward
-from trueward.lab.methods import Method
+from trueward.lab.methods import REFINED, Method
 from trueward.lab.worlds import LanguageDials, LanguageWorld, answers_of
 from trueward.models.policy import Policy
 from trueward.models.reward_function import PosteriorFunction, posterior_function
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
-from trueward.refine.multiview import MultiView, MultiViewConfig
-from trueward.refine.synthetic import synthetic_preferences
+from trueward.refine.multiview import MultiViewConfig
+from trueward.refine.refinement import METHODS, RefineMethod, refine_reward
+from trueward.refine.spg import SPGConfig
 from trueward.train.families import FamilyConfig, train_family
 from trueward.train.loop import seed_of
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig, train_reward
-from trueward.train.run_folder import RunFolder, finished_summary, write_text
+from trueward.train.run_folder import RunFolder, finished_summary
 
 logger = logging.getLogger(__name__)
 _REFERENCE = 400  # answers of the reference policy that give members their common scale
-_REFINED = 50  # the seed that control, SPG and UML share: they differ in method alone
+_REFINED = 50  # the seed that all refined rewards share: they differ in method alone
+_SHIFT = (100, 4)  # held-out prompts, and answers to each, on which rewards are held against gold
 
 
 _COUNTS = (
@@ -80,10 +82,11 @@ class LanguageConfig:
     evaluation_prompts: int = 64
     evaluation_samples: int = 2  # answers to each, at every evaluation
     pool: int = 256  # answers to each evaluation prompt that best-of-n chooses from
-    refine_after: int = 15  # steps of the single reward's policy after which SPG and UML sample it
+    refine_after: int = 15  # steps of the policy that a refinement samples: RLP's pi_theta
+    refine_optimiser: Literal["ppo", "rloo", "grpo"] = "rloo"  # of that policy
     refine_prompts: int = 200
     refine_samples: int = 10  # answers to each
-    gamma: float = 0.5  # SPG: smallest confidence of a synthetic preference
+    spg: SPGConfig = field(default_factory=lambda: SPGConfig(progress=False))
     uml: MultiViewConfig = field(default_factory=lambda: MultiViewConfig(latent=32, width=128))
     families: FamilyConfig = field(default_factory=FamilyConfig)  # options of the methods' families
     max_batch_tokens: int = 8192  # padded tokens computed at once
@@ -98,9 +101,10 @@ class LanguageConfig:
         for name in ("learning_rate", "reward_learning_rate", "reward_epochs", "subset"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
-        for name in ("subset", "gamma"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
+        if self.subset > 1:
+            raise ValueError(f"subset is a share in (0, 1], got {self.subset}.")
+        if self.spg.equivalence != SPGConfig().equivalence:
+            raise ValueError("spg.equivalence is the world's own here: leave it out.")
         if self.long < 0:
             raise ValueError(f"long must be at least 0 (off), got {self.long}.")
 
@@ -151,16 +155,16 @@ class RewardSpec(NamedTuple):
     seed: int  # told apart from the cell's
     heads: int = 1
     epochs_scale: float = 1.0
-    refine: Literal["", "spg", "uml"] = ""
+    refine: RefineMethod | Literal[""] = ""
     family: str = ""  # of `train.families`; empty: heads on one body, trained on pairs
+    round: int = 1  # of the refinement
 
 
 def reward_specs(method: Method) -> list[RewardSpec]:
     """Return the reward models whose posterior a method optimises; none for a control."""
-    if method.reward == "retrained":
-        return [RewardSpec("retrained", _REFINED)]
-    if method.reward in ("spg", "uml"):
-        return [RewardSpec(method.reward, _REFINED, refine=method.reward)]
+    if method.reward in REFINED:
+        rounds = [refined_spec(method.reward, k + 1) for k in range(method.rounds)]
+        return [FIRST, *rounds] if method.ensemble_rounds else rounds[-1:]
     if method.reward != "learned":
         return []
     scale = method.epochs_scale
@@ -171,6 +175,21 @@ def reward_specs(method: Method) -> list[RewardSpec]:
         name = f"{method.family}-{method.members}{suffix}"
         return [RewardSpec(name, 0, method.members, scale, family=method.family)]
     return [RewardSpec(f"deep-{k}{suffix}", k, 1, scale) for k in range(method.members)]
+
+
+FIRST = RewardSpec("deep-0", 0)  # r_phi: what is refined
+
+
+def refined_spec(method: RefineMethod, round_: int) -> RewardSpec:
+    """Return the reward model of a round of refinement."""
+    suffix = "" if round_ == 1 else f"-{round_}"
+    return RewardSpec(f"{method}{suffix}", _REFINED + round_ - 1, refine=method, round=round_)
+
+
+def refined_from(spec: RewardSpec) -> RewardSpec:
+    """Return the reward model of the round before, whose policy's samples refine this one."""
+    assert spec.refine
+    return FIRST if spec.round == 1 else refined_spec(spec.refine, spec.round - 1)
 
 
 # --- stages ---
@@ -242,6 +261,7 @@ def train_member(lab: Lab, seed: int, spec: RewardSpec) -> None:
         batch_size=config.reward_batch_size,
         epochs=config.reward_epochs * spec.epochs_scale,
         subset=config.subset,
+        auxiliary_learning_rate_scale=1.0,  # the rate is high enough for multi-view heads
         seed=own,
         max_batch_tokens=config.max_batch_tokens,
         progress=False,
@@ -259,32 +279,45 @@ def train_member(lab: Lab, seed: int, spec: RewardSpec) -> None:
         families = replace(config.families, members=spec.heads, **chosen)
         train_family(make, rows, families, train, output_dir=folder, reference=reference)
         return
-    auxiliary = None
-    model = make(members=spec.heads, seed=own)
     if spec.refine:
-        drawn = _samples_of_first(lab, seed)
-    if spec.refine == "spg":
-        rows += _synthetic(lab, seed, drawn)
-    elif spec.refine == "uml":
-        width = model.backbone.config.get_text_config().hidden_size
-        auxiliary = MultiView(width, drawn, replace(config.uml, seed=seed))
-    train_reward(model, rows, train, output_dir=folder, reference=reference, auxiliary=auxiliary)
+        drawn = samples_of(lab, seed, refined_from(spec)) if any(METHODS[spec.refine]) else []
+        scorer = load_member(lab, seed, refined_from(spec))
+        refine_reward(
+            spec.refine,
+            make,
+            rows,
+            drawn,
+            rewards=lambda prompts, answers: scorer.score(prompts, answers).mean,
+            train=train,
+            output_dir=folder,
+            # Like the first reward, a Gaussian head: the method alone tells them apart.
+            family=FamilyConfig(family="heads", members=spec.heads),
+            spg=config.spg,
+            uml=config.uml,
+            equivalent=world.equivalence([answers for _, answers in drawn]) if drawn else None,
+            policy=world.policy,
+            reference=reference,
+        )
+        return
+    model = make(members=spec.heads, seed=own)
+    train_reward(model, rows, train, output_dir=folder, reference=reference)
 
 
-def optimise_first(lab: Lab, seed: int) -> None:
-    """Optimise a policy a little against the first reward model; SPG and UML sample it."""
-    folder = lab.ground(seed) / "first"
+def sample_optimised(lab: Lab, seed: int, spec: RewardSpec) -> None:
+    """Optimise a policy a little against a reward model, and draw the samples that refine it."""
+    folder = lab.ground(seed) / "sampled" / spec.name
     run = lab.start(folder)
     if run is None:
         return
     world, config = lab.open(seed), lab.config
     policy = Policy(copy.deepcopy(world.policy.model), world.policy.tokenizer)
-    reward = load_member(lab, seed, reward_specs(Method())[0])
+    reward = load_member(lab, seed, spec)
+    method = Method(optimiser=config.refine_optimiser)
     train_policy(
         policy,
         reward,
         world.prompts(config.training_prompts, seed=seed_of(seed, "training")),
-        policy_config(lab, world, seed, Method(), steps=config.refine_after),
+        policy_config(lab, world, seed, method, steps=config.refine_after),
         objective=objectives.mean,
         output_dir=folder / "training",
     )
@@ -294,6 +327,56 @@ def optimise_first(lab: Lab, seed: int) -> None:
     rows = zip(prompts, answers, strict=True)
     write_jsonl(folder / "samples.jsonl", [{"prompt": p, "completions": a} for p, a in rows])
     run.finish({"prompts": len(prompts)}, seed=seed)
+
+
+def draw_shift(lab: Lab, seed: int) -> None:
+    """Draw answers to held-out prompts from the reference policy and from the first optimised one.
+
+    On pairs of them every reward is held against gold: the paper's claim is that refined rewards
+    tell more of what the policy writes, and it shows no such number.
+    """
+    folder = lab.ground(seed) / "shift"
+    run = lab.start(folder)
+    if run is None:
+        return
+    world, (count, n) = lab.open(seed), _SHIFT
+    stream = seed_of(seed, "shift")
+    prompts = world.prompts(count, seed=stream, held_out=True)
+    moved = Policy.from_pretrained(lab.ground(seed) / "sampled" / FIRST.name / "training" / "model")
+    for name, policy in ((REFERENCE, world.policy), (MOVED, moved)):
+        answers = answers_of(policy, prompts, n=n, max_new_tokens=world.max_new_tokens, seed=stream)
+        flat = [p for p in prompts for _ in range(n)], [a for some in answers for a in some]
+        gold = scale_of(lab, seed)(world.gold(*flat)).view(count, n).tolist()
+        rows = zip(prompts, answers, gold, strict=True)
+        write_jsonl(
+            folder / f"{name}.jsonl",
+            [{"prompt": p, "completions": a, "gold": g} for p, a, g in rows],
+        )
+    run.finish({"prompts": count, "answers": n}, seed=seed)
+
+
+REFERENCE, MOVED = "reference", "moved"  # whose answers rewards are held against gold on
+
+
+def told_of(
+    lab: Lab, seed: int, reward: "RewardOf", objective: Callable[[RewardPosterior], Tensor]
+) -> dict[str, float]:
+    """Return the share of pairs that a reward orders as gold does, by whose answers they are.
+
+    Empty where nothing is refined in the comparison: then nobody drew the answers.
+    """
+    found = {}
+    for name in (REFERENCE, MOVED):
+        file = lab.ground(seed) / "shift" / f"{name}.jsonl"
+        if not file.exists():
+            return {}
+        rows = [row for _, row in read_jsonl(file)]
+        gold = torch.tensor([row["gold"] for row in rows])
+        prompts = [row["prompt"] for row in rows for _ in row["completions"]]
+        answers = [a for row in rows for a in row["completions"]]
+        proxy = objective(reward.posterior(prompts, answers)).view(gold.shape)
+        found[name] = agreement(proxy, gold)
+    return found
 
 
 def draw_pool(lab: Lab, seed: int) -> None:
@@ -450,28 +533,7 @@ def _reference_samples(lab: Lab, seed: int) -> tuple[list[Prompt], list[Completi
     return [r["prompt"] for r in rows], [r["completion"] for r in rows]
 
 
-def _samples_of_first(lab: Lab, seed: int) -> list[tuple[Prompt, list[str]]]:
-    rows = [r for _, r in read_jsonl(lab.ground(seed) / "first" / "samples.jsonl")]
-    return [(r["prompt"], r["completions"]) for r in rows]
-
-
-def _synthetic(lab: Lab, seed: int, drawn: list[tuple[Prompt, list[str]]]) -> list[PreferenceRow]:
-    """Return SPG's preferences from the first policy's samples, ranked by the first reward."""
-    prompts, answers = [p for p, _ in drawn], [a for _, a in drawn]
-    n = lab.config.refine_samples
-    scorer = load_member(lab, seed, reward_specs(Method())[0])
-    flat = [a for some in answers for a in some]
-    rewards = scorer.score([p for p in prompts for _ in range(n)], flat).mean.view(-1, n)
-    made = synthetic_preferences(
-        prompts,
-        answers,
-        rewards,
-        equivalent=lab.open(seed).equivalence(answers),
-        gamma=lab.config.gamma,
-        seed=seed,
-    )
-    folder = lab.ground(seed) / "rewards" / "spg"
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {"accepted": made.report.accepted, "prompts": made.report.prompts}
-    write_text(folder / "synthetic.json", json.dumps(report))
-    return made.to_preferences()
+def samples_of(lab: Lab, seed: int, spec: RewardSpec) -> list[tuple[Prompt, list[str]]]:
+    """Return what the policy of a reward model wrote; see `sample_optimised`."""
+    file = lab.ground(seed) / "sampled" / spec.name / "samples.jsonl"
+    return [(r["prompt"], r["completions"]) for _, r in read_jsonl(file)]

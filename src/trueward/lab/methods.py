@@ -1,11 +1,29 @@
 """A method: a reward, the objective made of it, and how a policy is optimised against it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from trueward.options import ObjectiveConfig
+from trueward.refine.refinement import RefineMethod
 
-RewardName = Literal["learned", "retrained", "spg", "uml", "gold", "random", "length"]
+RewardName = Literal[
+    "learned",  # from the annotator's comparisons
+    # Learned again, from the comparisons and a policy's samples: `refine.refinement.METHODS`.
+    "control",
+    "reward",
+    "select_all",
+    "rlaif",
+    "spg",
+    "uml",
+    "infomax",
+    "mvi",
+    "contrastive",
+    "spg_uml",
+    "gold",
+    "random",
+    "length",
+]
+REFINED: tuple[RefineMethod, ...] = get_args(RefineMethod)
 # A model for each member (each one Gaussian head by `bt_marginal`), Gaussian heads on one backbone,
 # or another family by its name in `train.families`; those stand on scalar heads, as `single` is.
 MemberFamily = Literal[
@@ -42,6 +60,10 @@ class Method:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: Optimiser = "rloo"
     kl_coef: float = 0.0  # price of a nat of KL, in units of the reward; trained policies only
+    steps_scale: float = 1.0  # policy training this many times as long: the policy trained twice
+    # Refined rewards: policy -> samples -> reward, this many times, each from the reference policy.
+    rounds: int = 1
+    ensemble_rounds: bool = False  # optimise the rewards of all rounds, the first one's included
 
     def __post_init__(self) -> None:
         if self.members < 1:
@@ -50,6 +72,17 @@ class Method:
             raise ValueError(f"epochs_scale must be above 0, got {self.epochs_scale}.")
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
+        if self.steps_scale <= 0:
+            raise ValueError(f"steps_scale must be above 0, got {self.steps_scale}.")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}.")
+        if self.reward not in REFINED and (self.rounds, self.ensemble_rounds) != (1, False):
+            raise ValueError(f"rounds are for refined rewards, not for reward={self.reward}.")
+        if self.steps_scale != 1 and self.optimiser not in TRAINED:
+            raise ValueError(
+                f"steps_scale is for trained policies ({', '.join(TRAINED)}), not for "
+                f"{self.optimiser}."
+            )
         if self.kl_coef and self.optimiser not in TRAINED:
             raise ValueError(
                 f"kl_coef is for trained policies ({', '.join(TRAINED)}), not for {self.optimiser}."

@@ -14,6 +14,7 @@ from trueward.lab.exact import ExactWorld
 from trueward.lab.gold_model import GoldModelWorld
 from trueward.lab.grammar import GrammarWorld
 from trueward.lab.language import (
+    FIRST,
     Lab,
     LanguageConfig,
     RewardSpec,
@@ -21,12 +22,14 @@ from trueward.lab.language import (
     build_shared,
     compare_answers,
     draw_pool,
-    optimise_first,
+    draw_shift,
+    refined_from,
     reward_specs,
+    sample_optimised,
     score_pool,
     train_member,
 )
-from trueward.lab.methods import TRAINED, Method
+from trueward.lab.methods import REFINED, TRAINED, Method
 from trueward.lab.processes import Task
 from trueward.lab.recorded import RecordedWorld
 from trueward.train.run_folder import RunFolder, finished_summary, write_text
@@ -178,17 +181,21 @@ def _cell(
         return [Task(name=name, function=quick_cell, arguments=arguments)]
     dials = config.grammar if config.world == "grammar" else config.gold_model
     lab = Lab(world=dials, config=config.language, out=Path(config.output_dir))
-    tasks = _ground(lab, method, seed)
+    refines = any(m.reward in REFINED for m in config.methods.values())
+    tasks = _ground(lab, method, seed, refines=refines)
     needs = tuple(task.name for task in tasks)
     if method.optimiser == "best_of_n":
         what: tuple[Any, ...] = (best_of_n_cell, lab, method, seed, folder)
     else:
-        what = (optimise_cell, lab, method, seed, steps, folder)
+        what = (optimise_cell, lab, method, seed, round(steps * method.steps_scale), folder)
     return [*tasks, Task(name=name, function=what[0], arguments=what[1:], needs=needs)]
 
 
-def _ground(lab: Lab, method: Method, seed: int) -> list[Task]:
-    """Return the stages of a seed that a method stands on, in an order that can be run."""
+def _ground(lab: Lab, method: Method, seed: int, *, refines: bool) -> list[Task]:
+    """Return the stages of a seed that a method stands on, in an order that can be run.
+
+    Where any method refines, all are held against gold on the answers that it started from.
+    """
 
     def task(
         name: str, function: Callable[..., object], *rest: object, after: str | tuple[str, ...]
@@ -203,22 +210,31 @@ def _ground(lab: Lab, method: Method, seed: int) -> list[Task]:
         task(f"{at}/comparisons", compare_answers, after=f"{at}/reference"),
     ]
     specs = reward_specs(method)
-    refined = any(spec.refine for spec in specs)
-    if refined:
-        first = reward_specs(Method())[0]
-        tasks.append(
-            task(f"{at}/rewards/{first.name}", train_member, first, after=f"{at}/comparisons")
-        )
-        tasks.append(task(f"{at}/first", optimise_first, after=f"{at}/rewards/{first.name}"))
-    for spec in specs:
-        after = f"{at}/first" if spec.refine else f"{at}/comparisons"
+    trained = dict.fromkeys(before for spec in specs for before in _with_those_before(spec))
+    if refines:
+        trained = dict.fromkeys([FIRST, *trained])
+    for spec in trained:
+        after = f"{at}/comparisons"
+        if spec.refine:
+            source = refined_from(spec)
+            after = f"{at}/sampled/{source.name}"
+            tasks.append(task(after, sample_optimised, source, after=_reward_task(at, source)))
         tasks.append(task(_reward_task(at, spec), train_member, spec, after=after))
+    if refines:
+        sampled = f"{at}/sampled/{FIRST.name}"
+        tasks.append(task(sampled, sample_optimised, FIRST, after=_reward_task(at, FIRST)))
+        tasks.append(task(f"{at}/shift", draw_shift, after=sampled))
     if method.optimiser == "best_of_n":
         tasks.append(task(f"{at}/pool", draw_pool, after=f"{at}/comparisons"))
         for spec in specs:
             needs = (f"{at}/pool", _reward_task(at, spec))
             tasks.append(task(f"{at}/pool/{spec.name}", score_pool, spec, after=needs))
     return tasks
+
+
+def _with_those_before(spec: RewardSpec) -> list[RewardSpec]:
+    """Return a reward model after those of the rounds before it."""
+    return [*_with_those_before(refined_from(spec)), spec] if spec.refine else [spec]
 
 
 def _reward_task(at: str, spec: RewardSpec) -> str:

@@ -5,6 +5,7 @@ from trueward.losses.energy import nce_candidates, nce_loss, noise_draws, noise_
 from trueward.losses.information import (
     gaussian_symmetric_kl,
     gaussian_symmetric_kl_sample,
+    info_nce_loss,
     jensen_shannon_mi,
 )
 from trueward.losses.policy import (
@@ -45,6 +46,7 @@ __all__ = [
     "gaussian_symmetric_kl_sample",
     "generalized_advantages",
     "group_advantages",
+    "info_nce_loss",
     "jensen_shannon_mi",
     "kl_estimate",
     "leave_one_out_advantages",

@@ -3,9 +3,10 @@
 Federici et al. 2020, Multi-View Information Bottleneck (https://arxiv.org/abs/2002.07017), as
 used in RLP-UML, Lang et al. 2024 (https://arxiv.org/abs/2403.19279): one encoder gives each view
 a diagonal Gaussian; the views' Gaussians are drawn together and the mutual information of their
-draws is held up.
+draws is held up. InfoNCE is the contrastive loss that this is compared with.
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -86,6 +87,39 @@ def jensen_shannon_mi(
     """
     require_same_shape(joint_scores=joint_scores, product_scores=product_scores)
     return -F.softplus(-joint_scores) - F.softplus(product_scores)
+
+
+def info_nce_loss(
+    z_1: Float[Tensor, "batch dim"],
+    z_2: Float[Tensor, "batch dim"],
+    *,
+    temperature: float,
+) -> Float[Tensor, " batch"]:
+    """Symmetric InfoNCE: each view has to find its partner among the other views of the batch.
+
+    `-1/2 [log softmax_j(s_ij)_i + log softmax_j(s_ji)_i]` with `s_ij = cos(z_1i, z_2j) / t`. Van
+    den Oord et al. 2018, Eq. 4 (https://arxiv.org/abs/1807.03748), in both directions as Radford et
+    al. 2021 (https://arxiv.org/abs/2103.00020). Views that tell nothing give `log B`, and `log B`
+    less its mean is a lower bound of their mutual information.
+
+    Args:
+        z_1: First view of each; its length does not matter.
+        z_2: Second view of each. The other rows are its negatives, so they must be of others.
+        temperature: t, above 0; lower ones weigh the nearest negatives more.
+
+    Raises:
+        ValueError: A batch of one, which has no negatives, or a temperature that is not above 0.
+    """
+    require_same_shape(z_1=z_1, z_2=z_2)
+    if len(z_1) < 2:
+        raise ValueError(f"InfoNCE needs negatives: a batch of at least 2, got {len(z_1)}.")
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and above 0, got {temperature}.")
+    similarity = F.normalize(z_1, dim=1) @ F.normalize(z_2, dim=1).T / temperature
+    partner = torch.arange(len(z_1), device=z_1.device)
+    forward = F.cross_entropy(similarity, partner, reduction="none")
+    backward = F.cross_entropy(similarity.T, partner, reduction="none")
+    return (forward + backward) / 2
 
 
 def _log_kernel(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ weight averages, saving and scoring are those of any other backbone.
 
 import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,34 @@ class SentenceBackbone(PreTrainedModel):
             spans = itertools.pairwise(starts)
             for (start, end), embedding in zip(spans, tensors["embeddings"], strict=True):
                 self.embeddings[tuple(ids[start:end])] = embedding
+
+
+def sentence_embedding(
+    backbone: SentenceBackbone, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 256
+) -> Callable[[list[str]], Tensor]:
+    """Return what embeds texts by the frozen encoder alone: `texts -> [text, embedding]`.
+
+    Embeddings are kept with the backbone's others, so that a store serves both.
+
+    Args:
+        backbone: Whose encoder embeds.
+        tokenizer: Its tokenizer.
+        max_length: Tokens of a text that are read, special ones included.
+    """
+
+    def embed(texts: list[str]) -> Tensor:
+        ids = [tokenizer(t, truncation=True, max_length=max_length).input_ids for t in texts]
+        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        found: list[Tensor] = [torch.empty(0)] * len(ids)
+        for start in range(0, len(ids), 32):
+            some = by_length[start : start + 32]
+            batch = tokenizer.pad({"input_ids": [ids[i] for i in some]}, return_tensors="pt")
+            rows = backbone.embed(batch["input_ids"], batch["attention_mask"])
+            for i, row in zip(some, rows, strict=True):
+                found[i] = row
+        return torch.stack(found)
+
+    return embed
 
 
 AutoConfig.register(SentenceConfig.model_type, SentenceConfig)

@@ -2,45 +2,55 @@
 
 An `Equivalence` answers for a batch of pairs at a time, so that a model behind it is called with
 full batches. RLP-SPG (Lang et al. 2024, section 4.2, https://arxiv.org/abs/2403.19279) clusters
-the policy's samples by bidirectional entailment; which of the three rules below it used is not
-published, so the rule is an argument.
+the policy's samples by bidirectional entailment (in `nli`; its names can be had from here too).
 """
 
-import hashlib
-import json
-import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
-from trueward.data.formats import DataError, Prompt, text_of
+from trueward.data.formats import Prompt, prompt_key, text_of
 from trueward.data.packing import Group, pad, token_budget_batches
 from trueward.models.backbone import hidden_states
 from trueward.models.policy import Policy
+from trueward.refine.nli import (
+    NLIEquivalence,
+    NLILabel,
+    NLIMode,
+    nli_equivalent,
+    nli_label_order,
+)
+from trueward.refine.shapes import require_one_each
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "Embed",
+    "EmbeddingEquivalence",
+    "Equivalence",
+    "NLIEquivalence",
+    "NLILabel",
+    "NLIMode",
+    "RoutedEquivalence",
+    "cluster",
+    "exact_answer",
+    "exact_match",
+    "last_number",
+    "mean_state_embedding",
+    "nli_equivalent",
+    "nli_label_order",
+    "normalise_text",
+    "sentence_transformer",
+    "unrelated_threshold",
+]
 
 # (prompts, firsts, seconds) -> for each pair, whether both completions answer the prompt alike.
 Equivalence = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[bool]]
 Embed = Callable[[list[str]], Float[Tensor, "text dim"]]
-NLILabel = Literal["contradiction", "neutral", "entailment"]
-NLIMode = Literal["relaxed", "strict", "no_contradiction"]
-_NLI_LABELS: tuple[NLILabel, ...] = get_args(NLILabel)
-_CHUNK = 4096  # pairs tokenised at once
 
 
 def cluster(
@@ -64,7 +74,7 @@ def cluster(
     Returns:
         For each prompt the cluster of each completion, numbered by first appearance.
     """
-    _require_one_each(prompts=prompts, completions=completions)
+    require_one_each(prompts=prompts, completions=completions)
     ids: list[list[int]] = [[] for _ in prompts]
     firsts: list[list[str]] = [[] for _ in prompts]  # each cluster's first member
     seen: list[dict[str, int]] = [{} for _ in prompts]  # text -> its cluster
@@ -125,9 +135,9 @@ def exact_match(
     prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]
 ) -> list[bool]:
     """Equivalent where the texts are the same after `normalise_text`."""
-    _require_one_each(prompts=prompts, firsts=firsts, seconds=seconds)
-    pairs = zip(firsts, seconds, strict=True)
-    return [normalise_text(first) == normalise_text(second) for first, second in pairs]
+    require_one_each(prompts=prompts, firsts=firsts, seconds=seconds)
+    forms = {text: normalise_text(text) for text in {*firsts, *seconds}}
+    return [forms[first] == forms[second] for first, second in zip(firsts, seconds, strict=True)]
 
 
 def exact_answer(
@@ -138,15 +148,15 @@ def exact_answer(
     "... = $1,250." and "So the answer is 1250.00" are equivalent. Two texts without any number are
     compared by `exact_match`; a text with and one without are not equivalent.
     """
-    _require_one_each(prompts=prompts, firsts=firsts, seconds=seconds)
-    answers = []
-    for prompt, first, second in zip(prompts, firsts, seconds, strict=True):
-        numbers = last_number(first), last_number(second)
-        if numbers == (None, None):
-            answers.extend(exact_match([prompt], [first], [second]))
-        else:
-            answers.append(numbers[0] == numbers[1])
-    return answers
+    require_one_each(prompts=prompts, firsts=firsts, seconds=seconds)
+    numbers = {text: last_number(text) for text in {*firsts, *seconds}}
+    same_text = exact_match(prompts, firsts, seconds)
+    return [
+        same
+        if numbers[first] is None and numbers[second] is None
+        else numbers[first] == numbers[second]
+        for first, second, same in zip(firsts, seconds, same_text, strict=True)
+    ]
 
 
 # A minus only where nothing that it could be subtracted from precedes it; commas only between
@@ -183,8 +193,7 @@ def last_number(text: str) -> Fraction | None:
 class EmbeddingEquivalence:
     """Equivalent where the cosine similarity of the completions' embeddings reaches a threshold.
 
-    The prompt is not read. Embeddings are kept by text, on the CPU, for as long as this object
-    lives.
+    The prompt is not read. Embeddings are kept by text, on the CPU, until `forget` is called.
 
     Args:
         embed: Texts to vectors, such as `sentence_transformer(name)`.
@@ -202,7 +211,7 @@ class EmbeddingEquivalence:
         self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]
     ) -> list[bool]:
         """Return for each pair whether its similarity reaches the threshold."""
-        _require_one_each(prompts=prompts, firsts=firsts, seconds=seconds)
+        require_one_each(prompts=prompts, firsts=firsts, seconds=seconds)
         if not firsts:
             return []
         self._fetch([*firsts, *seconds])
@@ -211,6 +220,10 @@ class EmbeddingEquivalence:
         near: list[bool] = ((first * second).sum(1) >= self.threshold).tolist()
         # A text is itself, also where rounding puts its cosine below a threshold of 1.
         return [n or a == b for n, a, b in zip(near, firsts, seconds, strict=True)]
+
+    def forget(self) -> None:
+        """Drop the embeddings kept so far: those of many thousand texts fill the memory."""
+        self._units.clear()
 
     def _fetch(self, texts: Iterable[str]) -> None:
         new = [text for text in dict.fromkeys(texts) if text not in self._units]
@@ -246,6 +259,34 @@ def unrelated_threshold(embed: Embed, texts: Sequence[str], *, level: float = 0.
     units = F.normalize(embed(distinct).float().cpu(), dim=1)
     upper = torch.triu_indices(len(distinct), len(distinct), offset=1)
     return float((units @ units.T)[upper[0], upper[1]].quantile(level))
+
+
+def related_threshold(
+    embed: Embed, completions: Sequence[Sequence[str]], *, level: float = 0.5
+) -> float:
+    """Return the cosine that `level` of the pairs of completions of one prompt stay below.
+
+    For embeddings that know topics rather than answers, where all completions of a prompt are
+    closer than `unrelated_threshold`: what counts as saying the same is then relative to how alike
+    the policy's completions are in general.
+
+    Args:
+        embed: Texts to vectors.
+        completions: By prompt.
+        level: Share of the pairs, in (0, 1).
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level is a share of pairs in (0, 1), got {level}.")
+    found = []
+    for texts in completions:
+        distinct = list(dict.fromkeys(texts))
+        if len(distinct) > 1:
+            units = F.normalize(embed(distinct).float().cpu(), dim=1)
+            upper = torch.triu_indices(len(distinct), len(distinct), offset=1)
+            found.append((units @ units.T)[upper[0], upper[1]])
+    if not found:
+        raise ValueError("two different completions of one prompt are needed to compare, got none.")
+    return float(torch.cat(found).sort().values[int(level * (sum(map(len, found)) - 1))])
 
 
 def sentence_transformer(
@@ -301,271 +342,63 @@ def mean_state_embedding(
     return lambda texts: mean_states(texts) - centre
 
 
-# --- By entailment -------------------------------------------------------------------------------
+# --- By route ------------------------------------------------------------------------------------
 
 
-def nli_equivalent(
-    forward_labels: Sequence[NLILabel], backward_labels: Sequence[NLILabel], *, mode: NLIMode
-) -> list[bool]:
-    """Equivalence from the labels of both directions, first to second and back.
-
-    `strict` is the rule of Kuhn et al. 2023 (https://arxiv.org/abs/2302.09664).
-
-    | mode | equivalent iff |
-    |---|---|
-    | `strict` | entailment in both directions |
-    | `relaxed` | no contradiction, and not both neutral |
-    | `no_contradiction` | no direction is contradiction |
-    """
-    if mode not in get_args(NLIMode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(NLIMode))}, got {mode!r}.")
-    answers = []
-    for pair in zip(forward_labels, backward_labels, strict=True):
-        if mode == "strict":
-            answers.append(pair == ("entailment", "entailment"))
-        else:
-            both_neutral = pair == ("neutral", "neutral")
-            refused = both_neutral and mode == "relaxed"
-            answers.append("contradiction" not in pair and not refused)
-    return answers
-
-
-class _Request(NamedTuple):
-    """Does `prompt premise` entail `prompt hypothesis`?"""
-
-    prompt: str
-    premise: str
-    hypothesis: str
-
-    @property
-    def texts(self) -> tuple[str, str]:
-        return f"{self.prompt} {self.premise}", f"{self.prompt} {self.hypothesis}"
-
-
-class NLIEquivalence:
-    """Equivalence by natural language inference in both directions: see `nli_equivalent`.
-
-    Each side is the prompt's text, a space and the completion, given as `tokenizer(text,
-    text_pair)`. Labels are kept by pair of texts, so the three modes can share one cache. Where a
-    pair is too long, the prompt gives way first, from its left and equally on both sides: cutting
-    from the right would leave two copies of a long prompt, which entail each other whatever was
-    answered. Only then is the longer completion cut, until both are equally long.
+class RoutedEquivalence:
+    """Another equivalence for other prompts: languages, modalities, tasks.
 
     Args:
-        model: A sequence classifier whose config names its labels contradiction, neutral and
-            entailment, in any order and case.
-        tokenizer: The model's fast tokenizer.
-        mode: `relaxed`, `strict` or `no_contradiction`.
-        batch_size: Pairs in one forward pass; pairs are sorted by length.
-        max_length: Tokens of a pair; the model's and tokenizer's own limits win where lower.
-        cache_path: A JSONL file to which labels are appended, and from which they are read back.
-            Keys hold the model's name, so named models do not read each other's labels.
+        routes: From a route (`de`, say) to its equivalence.
+        routes_of: From a prompt's `prompt_key` to its route. A prompt that is not in it, or whose
+            route is not in `routes`, takes the default.
+        default: None where every prompt is known to have a route.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        routes: Mapping[str, Equivalence],
         *,
-        mode: NLIMode = "relaxed",
-        batch_size: int = 32,
-        max_length: int = 512,
-        cache_path: str | Path | None = None,
+        routes_of: Mapping[str, str],
+        default: Equivalence | None,
     ) -> None:
-        if mode not in get_args(NLIMode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(NLIMode))}, got {mode!r}.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 pair, got {batch_size}.")
-        if not tokenizer.is_fast:
-            raise ValueError("NLIEquivalence needs a fast tokenizer, to cut long prompts exactly.")
-        limits = [max_length, tokenizer.model_max_length]
-        limits.append(getattr(model.config, "max_position_embeddings", None) or max_length)
-        self.max_length = min(limits)
-        self._specials = tokenizer.num_special_tokens_to_add(pair=True)
-        if self.max_length < self._specials + 2:
-            raise ValueError(
-                f"max_length {self.max_length} leaves no room for two texts beside "
-                f"{self._specials} special tokens: raise it."
-            )
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.mode: NLIMode = mode
-        self.batch_size = batch_size
-        self.truncated = 0  # pairs that had to be cut, so far
-        self._order = nli_label_order(model.config.id2label)
-        self._name = str(getattr(model.config, "_name_or_path", ""))
-        self._cache = _LabelCache(Path(cache_path) if cache_path is not None else None)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path = "microsoft/deberta-large-mnli",
-        *,
-        mode: NLIMode = "relaxed",
-        batch_size: int = 32,
-        max_length: int = 512,
-        cache_path: str | Path | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> "NLIEquivalence":
-        """Load a classifier and its tokenizer from a path or the hub.
-
-        Raises:
-            DataError: There is no sequence classifier under this name.
-        """
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().split("\n")[0]
-            raise DataError(f"No NLI model could be read from {name}: {first}") from error
-        return cls(
-            model.to(device or "cpu"),
-            tokenizer,
-            mode=mode,
-            batch_size=batch_size,
-            max_length=max_length,
-            cache_path=cache_path,
-        )
+        self.routes = dict(routes)
+        self.routes_of = routes_of
+        self.default = default
 
     def __call__(
         self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]
     ) -> list[bool]:
-        """Return for each pair whether it is equivalent under `mode`."""
-        _require_one_each(prompts=prompts, firsts=firsts, seconds=seconds)
-        # Both directions in one go.
-        labels = self.labels([*prompts, *prompts], [*firsts, *seconds], [*seconds, *firsts])
-        count = len(firsts)
-        return nli_equivalent(labels[:count], labels[count:], mode=self.mode)
+        """Return for each pair what its prompt's equivalence says, each called once."""
+        require_one_each(prompts=prompts, firsts=firsts, seconds=seconds)
+        # A prompt comes with many pairs, as the same object: its key is made once.
+        distinct = {id(prompt): prompt for prompt in prompts}
+        chosen = {name: self.equivalence_of(prompt) for name, prompt in distinct.items()}
+        pairs: dict[
+            int, list[int]
+        ] = {}  # by equivalence, so that one behind two routes is called once
+        for i, prompt in enumerate(prompts):
+            pairs.setdefault(id(chosen[id(prompt)]), []).append(i)
+        answers = [False] * len(prompts)
+        for some in pairs.values():
+            equivalent = chosen[id(prompts[some[0]])]
+            found = equivalent(
+                [prompts[i] for i in some], [firsts[i] for i in some], [seconds[i] for i in some]
+            )
+            for i, answer in zip(some, found, strict=True):
+                answers[i] = bool(answer)
+        return answers
 
-    def labels(
-        self, prompts: Sequence[Prompt], premises: Sequence[str], hypotheses: Sequence[str]
-    ) -> list[NLILabel]:
-        """Return the model's label of each (premise, hypothesis), both read after the prompt."""
-        _require_one_each(prompts=prompts, premises=premises, hypotheses=hypotheses)
-        texts = map(text_of, prompts)
-        requests = [_Request(*r) for r in zip(texts, premises, hypotheses, strict=True)]
-        keys = [self._key(request) for request in requests]
-        # A dict also drops repeats within the call.
-        wanted = {k: r for k, r in zip(keys, requests, strict=True) if k not in self._cache.labels}
-        new = list(wanted)
-        for start in range(0, len(new), _CHUNK):  # bounds what is held as ids
-            self._label({key: wanted[key] for key in new[start : start + _CHUNK]})
-        return [self._cache.labels[key] for key in keys]
+    def equivalence_of(self, prompt: Prompt) -> Equivalence:
+        """Return the equivalence that a prompt is routed to.
 
-    def _label(self, requests: dict[str, _Request]) -> None:
-        encoded = dict(zip(requests, self._encode(list(requests.values())), strict=True))
-        by_length = sorted(encoded, key=lambda key: len(encoded[key]["input_ids"]))
-        for start in range(0, len(by_length), self.batch_size):
-            some = by_length[start : start + self.batch_size]
-            found = self._classify([encoded[key] for key in some])
-            self._cache.add(dict(zip(some, found, strict=True)))
-
-    def _key(self, request: _Request) -> str:
-        identity = json.dumps([self._name, self.max_length, *request.texts])
-        return hashlib.sha256(identity.encode()).hexdigest()
-
-    def _encode(self, requests: list[_Request]) -> list[dict[str, list[int]]]:
-        # verbose=False: a length above the model's is looked at here, and needs no warning.
-        premises, hypotheses = zip(*(request.texts for request in requests), strict=True)
-        columns = self.tokenizer(list(premises), list(hypotheses), verbose=False)
-        encoded = [
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-        ]
-        for i, ids in enumerate(columns["input_ids"]):
-            if len(ids) > self.max_length:
-                self.truncated += 1
-                shorter = self._with_shorter_prompt(requests[i]).texts
-                cut = self.tokenizer(
-                    *shorter, truncation="longest_first", max_length=self.max_length
-                )
-                encoded[i] = dict(cut)
-        return encoded
-
-    def _with_shorter_prompt(self, request: _Request) -> _Request:
-        sides = [
-            len(self.tokenizer(f" {side}", add_special_tokens=False, verbose=False)["input_ids"])
-            for side in (request.premise, request.hypothesis)
-        ]
-        keep = max(self.max_length - self._specials - sum(sides), 0) // 2
-        offsets = self.tokenizer(
-            request.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )["offset_mapping"]
-        if keep >= len(offsets):
-            return request
-        start = offsets[-keep][0] if keep else len(request.prompt)
-        return request._replace(prompt=request.prompt[start:])
-
-    @torch.no_grad()
-    def _classify(self, encoded: list[dict[str, list[int]]]) -> list[NLILabel]:
-        batch = self.tokenizer.pad(encoded, return_tensors="pt").to(self.model.device)
-        logits = self.model(**batch).logits
-        return [self._order[i] for i in logits.argmax(1).tolist()]
-
-
-def nli_label_order(
-    id2label: Mapping[int, str] | Mapping[str, str] | None,
-) -> list[NLILabel]:
-    """Return the label of each output, from the names in a model's config, in any case.
-
-    Raises:
-        ValueError: The names are not contradiction, neutral and entailment.
-    """
-    by_output = {int(i): name for i, name in (id2label or {}).items()}
-    names = [by_output[i].strip().casefold() for i in sorted(by_output)]
-    labels: list[NLILabel] = [label for name in names for label in _NLI_LABELS if label == name]
-    if len(names) != len(_NLI_LABELS) or set(labels) != set(_NLI_LABELS):
-        raise ValueError(
-            "An NLI model's config must name its labels contradiction, neutral and entailment in "
-            f"id2label, got {list(by_output.values())}: choose an NLI model with three labels, or "
-            "set model.config.id2label."
-        )
-    return labels
-
-
-class _LabelCache:
-    """Labels by key, in memory and in an append-only JSONL file.
-
-    A line that cannot be read, such as one torn by a killed run, counts as not there.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.labels: dict[str, NLILabel] = {}
-        self._torn = False  # the file's last line has no end
-        if path is None or not path.exists():
-            return
-        text = path.read_text(encoding="utf-8", errors="replace")
-        self._torn = bool(text) and not text.endswith("\n")
-        lines = text.split("\n")
-        unreadable = sum(not self._take(line) for line in lines if line)
-        if unreadable:
-            logger.warning("%s: %d line(s) could not be read and are ignored.", path, unreadable)
-
-    def _take(self, line: str) -> bool:
-        try:
-            record: Any = json.loads(line)
-        except ValueError:
-            return False
-        if not isinstance(record, dict) or record.get("label") not in _NLI_LABELS:
-            return False
-        self.labels[str(record.get("key"))] = record["label"]
-        return True
-
-    def add(self, labels: dict[str, NLILabel]) -> None:
-        """Keep new labels; they are in the file when this returns."""
-        self.labels |= labels
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"key": key, "label": label}) + "\n" for key, label in labels.items()]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * self._torn + "".join(lines))
-        self._torn = False
-
-
-def _require_one_each(**columns: Sequence[object]) -> None:
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        got = ", ".join(f"{count} {name}" for name, count in lengths.items())
-        raise ValueError(f"The lists must be equally long, got {got}.")
+        Raises:
+            ValueError: It has no route, and there is no default.
+        """
+        found = self.routes.get(self.routes_of.get(prompt_key(prompt), ""), self.default)
+        if found is None:
+            raise ValueError(
+                f"The prompt {text_of(prompt)[:60]!r} has no route, and there is no default "
+                "equivalence: give one, or a route to every prompt."
+            )
+        return found

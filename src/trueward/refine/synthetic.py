@@ -10,110 +10,62 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trueward.data.formats import Completion, PreferenceRow, Prompt, prompt_key, text_of
+from trueward.data.formats import Completion, Prompt, prompt_key
+from trueward.evaluate.judges import Judge
 from trueward.refine.equivalence import Equivalence, cluster
+from trueward.refine.outcomes import (
+    KindReport,
+    PromptOutcome,
+    Skipped,
+    SyntheticPreference,
+    SyntheticReport,
+    SyntheticResult,
+    result_of,
+)
+
+__all__ = [
+    "KindReport",
+    "PromptOutcome",
+    "Rejected",
+    "Rewards",
+    "Skipped",
+    "SyntheticPreference",
+    "SyntheticReport",
+    "SyntheticResult",
+    "clustered_outcomes",
+    "confidence",
+    "judged_outcomes",
+    "judged_pairs",
+    "ranked_outcomes",
+    "result_of",
+    "reward_ranked_pairs",
+    "select_pair",
+    "synthetic_preferences",
+]
+
+Rewards = Float[Tensor, "prompt sample"] | Sequence[Sequence[float]]  # lists may differ in length
+Rejected = Literal["uniform", "length_matched"]
 
 
-class Skipped(StrEnum):
-    """Why a prompt gave no preference."""
-
-    LOW_CONFIDENCE = "low confidence"  # the largest cluster is smaller than gamma
-    SINGLE_CLUSTER = "single cluster"  # all samples agree: there is nothing to reject
-    TIED_REWARDS = "tied rewards"  # only where a pair is ranked by reward
-    NO_COMPLETIONS = "no completions"  # none with a finite reward
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticPreference:
-    """One pair made of the policy's samples.
-
-    The rejected reward may be the higher one: SPG trusts agreement between clusters, and the
-    reward only within one. So it is no margin to train on.
-    """
-
-    prompt: Prompt
-    chosen: Completion  # one assistant message where the prompt is messages
-    rejected: Completion
-    confidence: float | None  # |largest cluster| / n; None where nothing was clustered
-    cluster_sizes: tuple[int, ...]  # in order of first appearance; () where nothing was clustered
-    chosen_reward: float
-    rejected_reward: float
-    chosen_index: int  # among the prompt's completions as they came in
-    rejected_index: int
-
-    def as_row(self) -> dict[str, Any]:
-        """Return the pair in TRL's preference format, with where it comes from beside it."""
-        sides = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
-        return sides | self._provenance()
-
-    def as_preference(self, *, where: str = "synthetic") -> PreferenceRow:
-        """Return the pair as a row to train on, without a margin; see the class."""
-        return PreferenceRow(
-            self.prompt, self.chosen, self.rejected, where=where, extra=self._provenance()
-        )
-
-    def _provenance(self) -> dict[str, Any]:
-        return {
-            "confidence": self.confidence,
-            "cluster_sizes": list(self.cluster_sizes),
-            "chosen_reward": self.chosen_reward,
-            "rejected_reward": self.rejected_reward,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticReport:
-    """What became of the prompts, and what the pairs look like.
-
-    `prompts` is `accepted` and the four reasons of `Skipped` together. The chosen side being
-    longer is this method's known bias (510 against 449 characters in the paper).
-    """
-
-    prompts: int
-    accepted: int
-    low_confidence: int
-    single_cluster: int
-    tied_rewards: int
-    no_completions: int
-    left_out: int  # completions that are blank, or whose reward is not finite
-    cluster_counts: dict[int, int] = field(default_factory=dict)  # clusters -> prompts with so many
-    mean_confidence: float | None  # over all clustered prompts; None without any
-    mean_chosen_length: float | None  # characters; None without pairs
-    mean_rejected_length: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticResult:
-    """Preferences in the order of their prompts, and the report on all prompts."""
-
-    preferences: list[SyntheticPreference]
-    report: SyntheticReport
-
-    def to_rows(self) -> list[dict[str, Any]]:
-        """Return the preferences in TRL's format; see `SyntheticPreference.as_row`."""
-        return [preference.as_row() for preference in self.preferences]
-
-    def to_preferences(self) -> list[PreferenceRow]:
-        """Return the preferences as rows to train on."""
-        return [preference.as_preference() for preference in self.preferences]
-
-
-def confidence(cluster_ids: Sequence[int]) -> float:
+def confidence(cluster_ids: Sequence[int], *, samples: int | None = None) -> float:
     """Self-consistency of a prompt's samples: `|largest cluster| / n`, in {1/n, ..., 1}.
 
     Lang et al. 2024, section 4.2 (https://arxiv.org/abs/2403.19279).
+
+    Args:
+        cluster_ids: Of each completion.
+        samples: n, where samples were left out before clustering; they count against confidence.
     """
     if not cluster_ids:
         raise ValueError("confidence needs the cluster of at least one completion, got none.")
-    return max(Counter(cluster_ids).values()) / len(cluster_ids)
+    return max(Counter(cluster_ids).values()) / (samples or len(cluster_ids))
 
 
 def select_pair(
@@ -124,6 +76,7 @@ def select_pair(
     gamma: float,
     generator: torch.Generator,
     samples: int | None = None,
+    rejected: Rejected = "uniform",
 ) -> tuple[int, int] | Skipped:
     """Return the indices (chosen, rejected) of one prompt's pair, or why there is none.
 
@@ -140,9 +93,11 @@ def select_pair(
         gamma: Smallest confidence, inclusive. 0 accepts all (the paper's Select-All).
         generator: Draws the rejected side.
         samples: n, where samples were left out of the lists; they count against the confidence.
+        rejected: `length_matched` (ours, not the paper's) takes of the samples outside `g*` the one
+            whose length in characters is nearest to the chosen one's, as a ratio, and draws among
+            equals: the reward model is given less to learn from length alone.
     """
-    if not 0.0 <= gamma <= 1.0:
-        raise ValueError(f"gamma is a confidence in [0, 1], got {gamma}.")
+    _require_gamma(gamma)
     if not len(completions) == len(rewards) == len(cluster_ids):
         raise ValueError(
             "select_pair needs one reward and one cluster for each completion, got "
@@ -168,17 +123,31 @@ def select_pair(
     ]
     if not outside:
         return Skipped.SINGLE_CLUSTER
+    if rejected == "length_matched":
+        outside = _nearest_in_length(outside, completions, len(completions[chosen]))
     return chosen, outside[_draw(len(outside), generator)]
+
+
+def _nearest_in_length(indices: list[int], completions: Sequence[str], length: int) -> list[int]:
+    """Return those with the least |log(length / wanted)|; an empty text is infinitely far."""
+
+    def ratio(i: int) -> float:
+        lengths = len(completions[i]), length
+        return max(lengths) / min(lengths) if min(lengths) else math.inf
+
+    least = min(map(ratio, indices))
+    return [i for i in indices if ratio(i) == least]
 
 
 def synthetic_preferences(
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[str]],
-    rewards: Float[Tensor, "prompt sample"],
+    rewards: Rewards,
     *,
     equivalent: Equivalence,
     gamma: float = 0.5,
     seed: int = 0,
+    rejected: Rejected = "uniform",
 ) -> SyntheticResult:
     """RLP-SPG: at most one preference for each prompt, by `select_pair` on the clustered samples.
 
@@ -189,17 +158,40 @@ def synthetic_preferences(
         prompts: Unlabelled prompts: strings or messages.
         completions: n samples of each from the policy, as text.
         rewards: Of each sample, from the current reward model. A completion that is blank, or whose
-            reward is not finite, is left out before clustering, and counted.
+            reward is not finite, is left out before clustering, and counted: in the report, and in
+            n, against the confidence.
         equivalent: Which samples say the same; see `trueward.refine.equivalence`.
         gamma: Smallest confidence, inclusive. 0 accepts all: the paper's Select-All.
         seed: Of the rejected sides.
+        rejected: How the rejected side is drawn; see `select_pair`.
     """
-    if not 0.0 <= gamma <= 1.0:
-        raise ValueError(f"gamma is a confidence in [0, 1], got {gamma}.")
+    outcomes = clustered_outcomes(
+        prompts,
+        completions,
+        rewards,
+        equivalent=equivalent,
+        gamma=gamma,
+        seed=seed,
+        rejected=rejected,
+    )
+    return result_of(outcomes)
+
+
+def clustered_outcomes(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[str]],
+    rewards: Rewards,
+    *,
+    equivalent: Equivalence,
+    gamma: float = 0.5,
+    seed: int = 0,
+    rejected: Rejected = "uniform",
+) -> list[PromptOutcome]:
+    """Return what `synthetic_preferences` makes of each prompt."""
+    _require_gamma(gamma)
     samples = _finite_samples(prompts, completions, rewards)
-    kept = [s.completions for s in samples]
-    clusters = cluster(prompts, kept, equivalent)
-    outcomes: list[SyntheticPreference | Skipped] = []
+    clusters = cluster(prompts, [s.completions for s in samples], equivalent)
+    outcomes = []
     for prompt, own, ids in zip(prompts, samples, clusters, strict=True):
         pair = select_pair(
             own.completions,
@@ -207,18 +199,17 @@ def synthetic_preferences(
             ids,
             gamma=gamma,
             generator=_generator(seed, prompt),
-            samples=len(own.completions) + own.left_out,
+            samples=own.count,
+            rejected=rejected,
         )
-        outcomes.append(
-            pair if isinstance(pair, Skipped) else _preference(prompt, own, pair, cluster_ids=ids)
-        )
-    return _result(outcomes, samples, clusters)
+        outcomes.append(_outcome(prompt, own, pair, cluster_ids=ids))
+    return outcomes
 
 
 def reward_ranked_pairs(
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[str]],
-    rewards: Float[Tensor, "prompt sample"],
+    rewards: Rewards,
     *,
     seed: int = 0,
 ) -> SyntheticResult:
@@ -228,14 +219,88 @@ def reward_ranked_pairs(
     baseline that SPG has to beat. Arguments and result as in `synthetic_preferences`, without
     confidence and clusters.
     """
+    return result_of(ranked_outcomes(prompts, completions, rewards, seed=seed))
+
+
+def ranked_outcomes(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[str]],
+    rewards: Rewards,
+    *,
+    seed: int = 0,
+) -> list[PromptOutcome]:
+    """Return what `reward_ranked_pairs` makes of each prompt."""
     samples = _finite_samples(prompts, completions, rewards)
-    outcomes: list[SyntheticPreference | Skipped] = []
+    outcomes = []
     for prompt, own in zip(prompts, samples, strict=True):
-        pair = _ranked_pair(own, _generator(seed, prompt))
-        outcomes.append(
-            pair if isinstance(pair, Skipped) else _preference(prompt, own, pair, cluster_ids=[])
+        pair = _random_pair(own, _generator(seed, prompt))
+        if not isinstance(pair, Skipped):
+            i, j = pair
+            pair = _ordered(pair, own.rewards[i] - own.rewards[j], tie=Skipped.TIED_REWARDS)
+        outcomes.append(_outcome(prompt, own, pair))
+    return outcomes
+
+
+def judged_pairs(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[str]],
+    rewards: Rewards,
+    *,
+    judge: Judge,
+    seed: int = 0,
+) -> SyntheticResult:
+    """SPG without clusters and without the reward: a random pair, labelled by a judge.
+
+    The ablation "RLAIF" of Lang et al. 2024, Table 5 (https://arxiv.org/abs/2403.19279), where the
+    judge is the policy itself (`trueward.evaluate.policy_judge`). With one seed the pairs are those
+    of `reward_ranked_pairs`; the rewards stand in the rows and decide nothing but, where not
+    finite, which completions are left out. A probability of exactly 1/2 gives no pair.
+    """
+    return result_of(judged_outcomes(prompts, completions, rewards, judge=judge, seed=seed))
+
+
+def judged_outcomes(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[str]],
+    rewards: Rewards,
+    *,
+    judge: Judge,
+    seed: int = 0,
+) -> list[PromptOutcome]:
+    """Return what `judged_pairs` makes of each prompt; the judge is asked once for all."""
+    samples = _finite_samples(prompts, completions, rewards)
+    pairs = [
+        _random_pair(own, _generator(seed, prompt))
+        for prompt, own in zip(prompts, samples, strict=True)
+    ]
+    asked = [
+        (prompt, own.completions[pair[0]], own.completions[pair[1]])
+        for prompt, own, pair in zip(prompts, samples, pairs, strict=True)
+        if not isinstance(pair, Skipped)
+    ]
+    verdicts = iter(_judgements(judge, asked))
+    outcomes = []
+    for prompt, own, pair in zip(prompts, samples, pairs, strict=True):
+        judgement = None
+        if not isinstance(pair, Skipped):
+            judgement = next(verdicts)
+            pair = _ordered(pair, judgement - 0.5, tie=Skipped.TIED_JUDGEMENT)
+        outcomes.append(_outcome(prompt, own, pair, judgement=judgement))
+    return outcomes
+
+
+def _judgements(judge: Judge, asked: Sequence[tuple[Prompt, str, str]]) -> list[float]:
+    if not asked:
+        return []
+    prompts, firsts, seconds = (list(column) for column in zip(*asked, strict=True))
+    found = judge(prompts, firsts, seconds)
+    if found.shape != (len(asked),) or not bool(((found >= 0) & (found <= 1)).all()):
+        raise ValueError(
+            f"A judge must give one probability for each pair: asked about {len(asked)}, it gave "
+            f"shape {tuple(found.shape)} or values outside [0, 1]."
         )
-    return _result(outcomes, samples, clusters=[])
+    verdicts: list[float] = found.double().tolist()
+    return verdicts
 
 
 @dataclass(frozen=True)
@@ -245,21 +310,24 @@ class _Samples:
     completions: list[str]
     rewards: list[float]
     indices: list[int]
-    left_out: int
+    all_rewards: tuple[float | None, ...]  # of all n, None where not finite
+
+    @property
+    def count(self) -> int:
+        return len(self.all_rewards)
 
 
 def _finite_samples(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[str]],
-    rewards: Float[Tensor, "prompt sample"],
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[str]], rewards: Rewards
 ) -> list[_Samples]:
     if not len(prompts) == len(completions) == len(rewards):
         raise ValueError(
             "There must be a list of completions and a row of rewards for each prompt, got "
             f"{len(prompts)} prompts, {len(completions)} lists and {len(rewards)} rows."
         )
+    rows = rewards.double().tolist() if isinstance(rewards, Tensor) else rewards
     samples = []
-    for i, (texts, row) in enumerate(zip(completions, rewards.double().tolist(), strict=True)):
+    for i, (texts, row) in enumerate(zip(completions, rows, strict=True)):
         if len(texts) != len(row):
             raise ValueError(
                 f"Prompt {i + 1} has {len(texts)} completions and {len(row)} rewards: give one "
@@ -267,26 +335,61 @@ def _finite_samples(
             )
         # A blank completion can stand on neither side of a preference.
         finite = [k for k, r in enumerate(row) if math.isfinite(r) and texts[k].strip()]
-        own = [texts[k] for k in finite], [row[k] for k in finite]
-        samples.append(_Samples(*own, finite, len(texts) - len(finite)))
+        samples.append(
+            _Samples(
+                completions=[texts[k] for k in finite],
+                rewards=[row[k] for k in finite],
+                indices=finite,
+                all_rewards=tuple(r if math.isfinite(r) else None for r in row),
+            )
+        )
     return samples
 
 
-def _ranked_pair(samples: _Samples, generator: torch.Generator) -> tuple[int, int] | Skipped:
-    texts, rewards = samples.completions, samples.rewards
+def _random_pair(samples: _Samples, generator: torch.Generator) -> tuple[int, int] | Skipped:
+    """Draw two different texts, the earlier one first."""
+    texts = samples.completions
     if not texts:
         return Skipped.NO_COMPLETIONS
     pairs = [(i, j) for j in range(len(texts)) for i in range(j) if texts[i] != texts[j]]
-    if not pairs:
-        return Skipped.SINGLE_CLUSTER
-    i, j = pairs[_draw(len(pairs), generator)]
-    if rewards[i] == rewards[j]:
-        return Skipped.TIED_REWARDS
-    return (i, j) if rewards[i] > rewards[j] else (j, i)
+    return pairs[_draw(len(pairs), generator)] if pairs else Skipped.SINGLE_CLUSTER
+
+
+def _ordered(pair: tuple[int, int], margin: float, *, tie: Skipped) -> tuple[int, int] | Skipped:
+    """Return (chosen, rejected) by the sign of the first one's margin over the second."""
+    if margin == 0:
+        return tie
+    return pair if margin > 0 else (pair[1], pair[0])
+
+
+def _outcome(
+    prompt: Prompt,
+    samples: _Samples,
+    pair: tuple[int, int] | Skipped,
+    *,
+    cluster_ids: Sequence[int] | None = None,
+    judgement: float | None = None,
+) -> PromptOutcome:
+    """Put together what is known of a prompt; `cluster_ids` is None where nothing is clustered."""
+    clusters: list[int | None] = []
+    if cluster_ids is not None:
+        clusters = [None] * samples.count
+        for index, cluster_id in zip(samples.indices, cluster_ids, strict=True):
+            clusters[index] = cluster_id
+    return PromptOutcome(
+        pair=pair
+        if isinstance(pair, Skipped)
+        else _preference(prompt, samples, pair, cluster_ids=cluster_ids or []),
+        rewards=samples.all_rewards,
+        clusters=tuple(clusters),
+        left_out=samples.count - len(samples.indices),
+        duplicates=len(samples.completions) - len(set(samples.completions)),
+        judgement=judgement,
+    )
 
 
 def _preference(
-    prompt: Prompt, samples: _Samples, pair: tuple[int, int], *, cluster_ids: list[int]
+    prompt: Prompt, samples: _Samples, pair: tuple[int, int], *, cluster_ids: Sequence[int]
 ) -> SyntheticPreference:
     chosen, rejected = pair
     sizes = Counter(cluster_ids)  # in order of first appearance
@@ -294,7 +397,7 @@ def _preference(
         prompt=prompt,
         chosen=_as_completion(prompt, samples.completions[chosen]),
         rejected=_as_completion(prompt, samples.completions[rejected]),
-        confidence=confidence(cluster_ids) if cluster_ids else None,
+        confidence=confidence(cluster_ids, samples=samples.count) if cluster_ids else None,
         cluster_sizes=tuple(sizes.values()),
         chosen_reward=samples.rewards[chosen],
         rejected_reward=samples.rewards[rejected],
@@ -307,33 +410,9 @@ def _as_completion(prompt: Prompt, text: str) -> Completion:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def _result(
-    outcomes: list[SyntheticPreference | Skipped],
-    samples: list[_Samples],
-    clusters: list[list[int]],
-) -> SyntheticResult:
-    preferences = [o for o in outcomes if isinstance(o, SyntheticPreference)]
-    skipped = Counter(o for o in outcomes if isinstance(o, Skipped))
-    clustered = [ids for ids in clusters if ids]
-    histogram = Counter(len(set(ids)) for ids in clustered)
-    report = SyntheticReport(
-        prompts=len(outcomes),
-        accepted=len(preferences),
-        low_confidence=skipped[Skipped.LOW_CONFIDENCE],
-        single_cluster=skipped[Skipped.SINGLE_CLUSTER],
-        tied_rewards=skipped[Skipped.TIED_REWARDS],
-        no_completions=skipped[Skipped.NO_COMPLETIONS],
-        left_out=sum(s.left_out for s in samples),
-        cluster_counts=dict(sorted(histogram.items())),
-        mean_confidence=_mean([confidence(ids) for ids in clustered]),
-        mean_chosen_length=_mean([len(text_of(p.chosen)) for p in preferences]),
-        mean_rejected_length=_mean([len(text_of(p.rejected)) for p in preferences]),
-    )
-    return SyntheticResult(preferences=preferences, report=report)
-
-
-def _mean(values: Sequence[int] | Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _require_gamma(gamma: float) -> None:
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma is a confidence in [0, 1], got {gamma}.")
 
 
 def _generator(seed: int, prompt: Prompt) -> torch.Generator:

@@ -20,7 +20,14 @@ from trueward.report.html import (
     Table,
     render_report,
 )
+from trueward.report.paper import (
+    direction_table,
+    multiple_choice_table,
+    paper_table,
+    win_rate_table,
+)
 from trueward.report.run import report_run, rich_table
+from trueward.report.shift import shift_figure, shift_section, shift_tables
 from trueward.report.svg import to_svg
 
 __all__ = [
@@ -34,8 +41,11 @@ __all__ = [
     "Table",
     "comparison_report",
     "curve_figure",
+    "direction_table",
     "matrix_figure",
+    "multiple_choice_table",
     "overoptimization_figure",
+    "paper_table",
     "peak_and_end_figure",
     "reliability_panels",
     "render_report",
@@ -43,5 +53,9 @@ __all__ = [
     "rich_comparison_table",
     "rich_table",
     "save_figure",
+    "shift_figure",
+    "shift_section",
+    "shift_tables",
     "to_svg",
+    "win_rate_table",
 ]

@@ -53,7 +53,7 @@ from trueward.report.numbers import Cell, decimal, interval_text, share_text
 from trueward.report.reliability import Reward, distinct_rewards, reliability_section
 from trueward.report.run import configuration_details, rich_table, versions_line
 from trueward.report.svg import INK, SERIES_LIGHT
-from trueward.report.tables import fits_section, results_section
+from trueward.report.tables import agreements_section, fits_section, results_section
 from trueward.train.run_folder import write_text
 
 _PANEL = (3.0, 2.2)  # inches
@@ -130,6 +130,8 @@ def comparison_report(
         _weights_section(keep, shown),
         _places_section(keep, groups, "spread"),
         _places_section(keep, groups, "agreement"),
+        agreements_section(shown),
+        _places_section(keep, groups, "win_rate"),
         reliability_section(keep, rewards),
         _win_section(keep, shown, rates),
         fits_section(shown),
@@ -324,6 +326,12 @@ _OVER_PLACES = {
         "In what share of pairs of the policy's own answers the proxy prefers the one with more "
         "gold. At a half (the thin line) the proxy has nothing left to teach.",
     ),
+    "win_rate": (
+        "Wins against the reference policy",
+        "share of pairs",
+        "In what share of pairs of the policy's and the reference policy's answers the policy's "
+        "has more gold; ties count half.",
+    ),
 }
 
 
@@ -357,7 +365,7 @@ def _place_figure(keep: Keeper, key: str, name: str, group: Sequence[Shown]) -> 
         x_label=PLACE_LABELS[place],
         x_scale=PLACE_SCALES[place],
         peaks=key == "gold",
-        line=0.5 if key == "agreement" else None,
+        line=0.5 if key in ("agreement", "win_rate") else None,
     )
     caption = "Means over seeds" + ("; a dot marks the peak." if key == "gold" else ".")
     if banded and band_words(same):

@@ -15,7 +15,7 @@ from trueward.report.figures import dots_figure
 from trueward.report.html import Details, Section, Table, render_report
 from trueward.report.keeper import Keeper
 from trueward.report.numbers import Cell, decimal, interval_text
-from trueward.report.run import configuration_details, versions_line
+from trueward.report.run import configuration_details, markdown, versions_line
 from trueward.train.run_folder import write_text
 
 _GLOSSARY = {
@@ -129,14 +129,6 @@ def families_report(
     write_text(root / "families.json", json.dumps(plain, indent=1) + "\n")
     write_text(root / "report.html", page)
     return root / "report.html"
-
-
-def markdown(table: Table) -> str:
-    """Return a table as Markdown."""
-    lines = [[" ".join(column.split()) for column in table.columns]]
-    lines += [["---"] * len(table.columns)]
-    lines += [["" if cell is None else str(cell) for cell in row] for row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _accuracy_table(rows: Sequence[FamilyRuns], first: FamilyRuns, sets: Sequence[str]) -> Table:

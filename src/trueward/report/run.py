@@ -568,3 +568,11 @@ def _samples_from(found: Any) -> list[SampleRow]:
         )
         for row in found
     ]
+
+
+def markdown(table: Table) -> str:
+    """Return a table as Markdown."""
+    lines = [[" ".join(column.split()) for column in table.columns]]
+    lines += [["---"] * len(table.columns)]
+    lines += [["" if cell is None else str(cell) for cell in row] for row in table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

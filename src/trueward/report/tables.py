@@ -92,11 +92,56 @@ def _row(one: Shown) -> dict[str, Cell]:
         "gold at\nits peak": interval_text(found.gold_peak),
         "peak\nat {place}": f"{found.peak_place:g}",
         "drop": interval_text(drop),
+        "wins against\nthe reference": _percent_text(found.win_rate_end),
         "KL\nat end": decimal(found.kl_end, 1),
         "proxy\nat end": decimal(found.proxy_end.mean, 2),
         "words": decimal(found.length_end, 1),
         "seconds\na cell": decimal(found.seconds_mean, 0 if found.seconds_mean >= 10 else 1),
     }
+
+
+def agreements_section(shown: Sequence[Shown]) -> Section | None:
+    """Return what each reward tells of whose answers; None where no reward was refined."""
+    known = [s for s in shown if s.summary.agreements]
+    if not known:
+        return None
+    whose = list(dict.fromkeys(name for s in known for name in s.summary.agreements))
+    less = any(s.summary.agreements_less_baseline for s in known)
+    columns, rows = ["reward"], [[s.name] for s in known]
+    cells: list[list[Cell]] = [list(row) for row in rows]
+    for name in whose:
+        columns.append(f"on answers of\n{_WHOSE[name]}")
+        for row, s in zip(cells, known, strict=True):
+            row.append(_percent_text(s.summary.agreements.get(name)))
+        if less:
+            columns.append("less the\nbaseline's")
+            for row, s in zip(cells, known, strict=True):
+                row.append(_percent_text(s.summary.agreements_less_baseline.get(name)))
+    table = Table(
+        columns=columns,
+        rows=cells,
+        caption="Per cent of pairs of answers to one held-out prompt that a reward orders as gold.",
+        notes="± is half of the 95 % interval over seeds (Student's t); differences are paired. "
+        "Pairs of equal gold are left out, tied rewards count half.",
+    )
+    return Section(
+        title="Whose answers a reward can tell apart",
+        text="A reward learns from the reference policy's answers. The moved policy was optimised "
+        "a little against the first reward; its answers are what refinement learns from. The own "
+        "policy is the one that was optimised against this very reward to the end.",
+        tables=[table],
+    )
+
+
+_WHOSE = {"reference": "the reference", "moved": "the moved policy", "own": "its own policy"}
+
+
+def _percent_text(share: Estimate | None) -> Cell:
+    """Return a share in per cent, with its interval; None where it is not known."""
+    if share is None or math.isnan(share.mean):
+        return None
+    text, half = decimal(100 * share.mean, 1), decimal(100 * share.half_width, 1)
+    return text if half is None else f"{text} ± {half}"
 
 
 def _silent(rows: Sequence[Mapping[str, Cell]]) -> set[str]:

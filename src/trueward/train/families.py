@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from torch import nn
+
 from trueward.data.formats import (
     Completion,
     DataError,
@@ -54,6 +56,8 @@ from trueward.train.run_folder import RunFolder, finished_summary, keep_config
 
 Maker = Callable[..., RewardModel]  # RewardModel.from_backbone, its backbone given
 Reference = tuple[Sequence[Prompt], Sequence[Completion]]
+# Makes what is trained beside a model on pairs and thrown away after, as `refine.MultiView` is.
+AuxiliaryOf = Callable[[RewardModel], nn.Module]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +191,7 @@ class Job:
     selection: Sequence[PreferenceRow]
     evaluation: Callable[[Reward], dict[str, float]] | None
     load: Callable[[Path], RewardModel]
+    auxiliary: AuxiliaryOf | None = None
 
     @property
     def common(self) -> dict[str, Any]:
@@ -197,6 +202,10 @@ class Job:
             "report": self.report,
             "evaluation": self.evaluation,
         }
+
+    def beside(self, model: RewardModel) -> nn.Module | None:
+        """Return what is trained beside a model on pairs; nothing by default."""
+        return self.auxiliary(model) if self.auxiliary is not None else None
 
     def finish(self, metrics: dict[str, float]) -> None:
         """Write the summary of a family whose parts were trained in folders of their own."""
@@ -219,6 +228,7 @@ def train_family(
     selection: Sequence[PreferenceRow] = (),
     evaluation: Callable[[Reward], dict[str, float]] | None = None,
     load: Callable[[Path], RewardModel] = RewardModel.from_pretrained,
+    auxiliary: AuxiliaryOf | None = None,
 ) -> Reward:
     """Train a family's reward; a killed run given the same folder goes on where it was.
 
@@ -238,10 +248,20 @@ def train_family(
             without them a share of the prompts is kept from training.
         evaluation: Called with the trained reward; its numbers stand in the summary.
         load: Reads a finished part again, for what is trained on it.
+        auxiliary: Makes what is trained beside each model that learns from pairs (of `deep` and
+            `warm` each member, of those on a single head that head); see `train_reward`.
 
     Returns:
         A reward model, or a list of them for `deep`.
+
+    Raises:
+        ValueError: An auxiliary for a LoRA ensemble, which has its own and one state a member.
     """
+    if auxiliary is not None and config.family == "lora":
+        raise ValueError(
+            "Members of a LoRA ensemble have last states of their own, so no multi-view loss can "
+            "be trained beside them: choose another family, or a method without views."
+        )
     folder = Path(output_dir)
     # Beside the configurations of the parts: another family's folder must not pass for this one's.
     keep_config(folder / "family.yaml", {"family": config, "train": train})
@@ -257,6 +277,7 @@ def train_family(
             selection=selection,
             evaluation=evaluation,
             load=load,
+            auxiliary=auxiliary,
         )
         FAMILIES[config.family](job)
     return load_family(folder)
@@ -278,12 +299,13 @@ def seconds_of(output_dir: str | Path) -> float:
 
 
 def _single(job: Job) -> None:
-    train_reward(job.make(seed=job.train.seed), job.preferences, job.train, **job.common)
+    model = job.make(seed=job.train.seed)
+    train_reward(model, job.preferences, job.train, auxiliary=job.beside(model), **job.common)
 
 
 def _heads(job: Job) -> None:
     model = job.make(seed=job.train.seed, members=job.config.members)
-    train_reward(model, job.preferences, job.train, **job.common)
+    train_reward(model, job.preferences, job.train, auxiliary=job.beside(model), **job.common)
 
 
 def _lora(job: Job) -> None:
@@ -334,13 +356,15 @@ def _warm(job: Job) -> None:
         if finished_summary(folder) is None:
             if start is None:
                 start = probe_head(job.make(seed=train.seed).to(default_device()), rows)
+            member = start_member(start, own)
             train_reward(
-                start_member(start, own),
+                member,
                 rows,
                 replace(train, learning_rate=own.learning_rate, seed=own.seed),
                 output_dir=folder,
                 reference=job.reference,
                 report=job.report if k == 0 else None,
+                auxiliary=job.beside(member),
                 evaluation=lambda model: {"selection/accuracy": _accuracy(model, selection)},
             )
     accuracies = [_numbers(folder)["selection/accuracy"] for folder in folders]
@@ -444,13 +468,15 @@ def _like(train: RewardConfig, config: ConfigT) -> ConfigT:
 def _train_one(job: Job, folder: Path, *, seed: int, report: LoadReport | None) -> None:
     """Train a single head in a folder of its own, unless it is there."""
     if finished_summary(folder) is None:
+        model = job.make(seed=seed)
         train_reward(
-            job.make(seed=seed),
+            model,
             job.preferences,
             replace(job.train, seed=seed),
             output_dir=folder,
             reference=job.reference,
             report=report,
+            auxiliary=job.beside(model),
         )
 
 

@@ -163,7 +163,7 @@ class Loop:
             disable=None if self.config.progress is None else not self.config.progress,
         )
         while self.step < self.total_steps:
-            torch.manual_seed(seed_of(self.config.seed, self.stage, self.step + 1))  # dropout
+            self.reseed()
             yield self.step + 1
             self.step += 1
             self._bar.update()
@@ -173,6 +173,10 @@ class Loop:
         self._bar.close()
         if self.config.tracker != "none":
             self.accelerator.end_training()
+
+    def reseed(self) -> None:
+        """Set the random state (of dropout, say) to that of the step to come."""
+        torch.manual_seed(seed_of(self.config.seed, self.stage, self.step + 1))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one part of the batch; parts are scaled to sum to the batch."""

@@ -50,6 +50,7 @@ from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
 
 Objective = Callable[[RewardPosterior], Tensor]
 Evaluation = Callable[[Policy, int], dict[str, float]]
+Refresh = Callable[[Policy, int], Reward]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ class PolicyConfig(LoopConfig):
     missing_eos_penalty: float = 0.0  # taken from a completion that was cut off
     reward_clip: float = 0.0  # clip scores to [-x, x]; 0 = off
     evaluate_every: int = 0  # steps between calls of `evaluation`; 0 = only at the end
+    refresh_every: int = 0  # steps between two rewards, where `refresh` is given; 0 = one reward
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +103,8 @@ class PolicyConfig(LoopConfig):
                 f"temperature must be above 0, got {self.temperature}: a greedy policy explores "
                 "nothing, and its log-probabilities are not those of its samples."
             )
+        if self.refresh_every < 0:
+            raise ValueError(f"refresh_every must be at least 0 (off), got {self.refresh_every}.")
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef must be at least 0, got {self.kl_coef}.")
 
@@ -126,6 +130,7 @@ def train_policy(
     critic: ValueModel | None = None,
     output_dir: str | Path | None = None,
     evaluation: Evaluation | None = None,
+    refresh: Refresh | None = None,
 ) -> Policy:
     """Optimise the policy against a reward, less a KL penalty to where it started.
 
@@ -144,11 +149,18 @@ def train_policy(
             else from the policy.
         output_dir: Metrics, checkpoints, `model/`; a killed run given the same folder goes on.
         evaluation: Called with (policy, step) every `evaluate_every` steps and at the end.
+        refresh: Called with (policy, step) after every `refresh_every` steps but the last; what it
+            returns is the reward from then on. A resumed run asks once more for the last step's,
+            with a policy that has moved on: what was made must stand in a folder of that step.
 
     Raises:
         ValueError: A step in which no completion got a finite reward.
     """
-    posterior_of = posterior_function(reward)
+    if (refresh is None) != (config.refresh_every == 0):
+        raise ValueError(
+            "A reward that is refreshed needs both: `refresh`, which makes it, and refresh_every."
+        )
+    posterior_of, refreshed = posterior_function(reward), 0
     texts = [p.prompt if isinstance(p, PromptRow) else p for p in prompts]
     if not texts:
         raise ValueError("Policy optimisation needs prompts, got none.")
@@ -170,7 +182,13 @@ def train_policy(
     if ref is not None:
         ref.to(policy.device)
     metrics: dict[str, float] = {}
+    if refresh is not None and loop.accelerator.num_processes > 1:
+        raise ValueError("A reward is refreshed in one process: leave refresh_every at 0.")
     for step in loop.steps():
+        due = (step - 1) // config.refresh_every * config.refresh_every if refresh else 0
+        if refresh is not None and due > refreshed:
+            posterior_of, refreshed = posterior_function(refresh(policy, due)), due
+            loop.reseed()  # whatever was trained in between drew random numbers
         chosen = _prompts_of_step(len(texts), config, step)
         mine = loop.share(list(range(len(chosen))))
         drawn = sample(
@@ -197,7 +215,10 @@ def train_policy(
             rollouts = observe(policy, ref, critic, samples, scores, config)
         advantages, returns = advantages_of(rollouts, config)
 
-        metrics = rollout_metrics(rollouts) | objectives.robust_diagnostics(posterior) | told
+        metrics = rollout_metrics(rollouts) | objectives.robust_diagnostics(posterior)
+        if refresh is not None:
+            told["refreshed_at"] = float(refreshed)
+        metrics |= told
         metrics |= _learn(policy, critic, rollouts, advantages, returns, loop, config, step)
         every = config.evaluate_every
         if evaluation and (step == config.steps or (every and step % every == 0)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from trueward.data.formats import Completion, DataError, LoadReport, PreferenceRow, Prompt
@@ -50,6 +50,7 @@ class Pair(NamedTuple):
 
     group: Group
     margin: float
+    weight: float = 1.0
 
 
 def train_reward(
@@ -69,7 +70,8 @@ def train_reward(
     `config.gaussian_loss`, each member on its own fixed subset of the pairs. Members without stds
     minimise the scalar head's loss, each on its own subset, or (`member_loss`) all of them together
     with the mean of their rewards, on all pairs. Each member's
-    `centring * (r_chosen + r_rejected)^2` is added.
+    `centring * (r_chosen + r_rejected)^2` is added. A batch's loss is the mean of the losses of its
+    pairs, weighted by the rows' `weight`; accuracies and margins are logged without weights.
 
     Args:
         reward_model: Trained in place.
@@ -86,7 +88,7 @@ def train_reward(
             one scale; without them, the training pairs' own completions serve.
 
     Raises:
-        DataError: No pair fits `max_length`.
+        DataError: No pair fits `max_length`, or a row's weight is negative or not finite.
     """
     if reward_model.head is None:
         raise DataError(
@@ -98,13 +100,15 @@ def train_reward(
     together = config.member_loss == "mean"
     if together and (reward_model.has_stds or reward_model.members == 1):
         raise ValueError("member_loss='mean' is for several members without stds: a LoRA ensemble.")
+    _require_weights(preferences)
     pairs = encode_pairs(reward_model, preferences, config.max_length, report)
     seen = member_subsets(
         [p.group for p in pairs],
         reward_model.members,
         share=1.0 if together else config.subset,
         seed=config.seed,
-    )  # [pair, member]
+    )
+    weights = seen * torch.tensor([[pair.weight] for pair in pairs])
     batch_size = min(config.batch_size, len(pairs))
     per_epoch = math.ceil(len(pairs) / batch_size)  # the last batch of an epoch may be short
     total = max(1, round(config.epochs * per_epoch))
@@ -124,7 +128,7 @@ def train_reward(
         epoch, at = divmod(step - 1, per_epoch)
         order = permutation(len(pairs), config.seed, "reward", epoch)
         batch = order[at * batch_size : (at + 1) * batch_size]
-        loss, margins, rewards = _accumulate(reward_model, pairs, batch, seen, loop, config)
+        loss, margins, rewards = _accumulate(reward_model, pairs, batch, weights, loop, config)
         metrics: dict[str, float] = {}
         if auxiliary is not None:
             extra, metrics = auxiliary(reward_model, step)
@@ -154,12 +158,12 @@ def _accumulate(
     reward_model: RewardModel,
     pairs: Sequence[Pair],
     batch: Sequence[int],
-    seen: Bool[Tensor, "pair member"],
+    weights: Float[Tensor, "pair member"],
     loop: Loop,
     config: RewardConfig,
 ) -> tuple[float, list[float], list[float]]:
     """Add this process's part of a batch to the gradient; return its loss, margins and rewards."""
-    weight = seen[list(batch)].sum().clamp_min(1).item()
+    total = weights[list(batch)].double().sum().item() or 1.0  # 0 where all weights are
     mine = loop.share(batch)
     groups = [pairs[i].group for i in mine]
     share_prefix = reward_model.shares_prefixes
@@ -182,7 +186,7 @@ def _accumulate(
         where = [mine[i] for i in some]
         wanted = torch.tensor([pairs[i].margin for i in where], device=reward_model.device)
         losses = pair_losses(posterior, wanted, config)  # [pair, member]
-        part = (losses * seen[where].to(losses.device)).sum() / weight
+        part = (losses * weights[where].to(losses.device)).sum() / total
         loop.backward(part)
         loss += part.item()
         means = posterior.means.detach().mean(1)
@@ -265,12 +269,39 @@ def encode_pairs(
         longer = max(chosen, rejected, key=len)
         fitting = truncate_prompt(Tokens(prompt, longer), limit, bos_token_id=start)
         if fitting is not None:
-            pairs.append(Pair(Group(fitting.prompt_ids, [chosen, rejected]), row.margin or 0.0))
+            group = Group(fitting.prompt_ids, [chosen, rejected])
+            pairs.append(Pair(group, row.margin or 0.0, row.weight))
         elif report is not None:
             report.add("over-long", row.where, f"a side has {len(longer)} tokens of {limit}")
     if not pairs:
         raise DataError(f"No preference pair fits max_length={limit}: raise it.")
     return pairs
+
+
+def require_unweighted(preferences: Sequence[PreferenceRow], trainer: str) -> None:
+    """Refuse rows with a weight for a trainer that reads none, rather than forget it.
+
+    Raises:
+        DataError: Names the first such row, and the trainer.
+    """
+    for row in preferences:
+        if row.weight != 1.0:
+            raise DataError(
+                f"{row.where or 'A row'} has weight={row.weight:g}, which {trainer} does not read: "
+                "train a single head, heads, lora or warm on weighted rows, or balance the rows "
+                "themselves (trueward audit --length balance)."
+            )
+
+
+def _require_weights(preferences: Sequence[PreferenceRow]) -> None:
+    for row in preferences:
+        if not (math.isfinite(row.weight) and row.weight >= 0):
+            raise DataError(
+                f"{row.where or 'A row'} has weight={row.weight}: it must be a finite number of at "
+                "least 0."
+            )
+    if preferences and all(row.weight == 0 for row in preferences):
+        raise DataError("Every row has weight=0, so that nothing can be learnt: raise some.")
 
 
 def own_completions(
