@@ -24,6 +24,7 @@ from trueward.evaluate.multiple_choice import (
 )
 from trueward.evaluate.out_of_distribution import OUT_OF_DISTRIBUTION
 from trueward.evaluate.preferences import evaluate_preferences
+from trueward.evaluate.shift import energy_test, last_states
 from trueward.models.policy import Policy
 from trueward.models.reward_model import RewardModel
 from trueward.models.weight_averaging import average_weights
@@ -589,10 +590,14 @@ def test_evaluate_puts_several_sets_into_one_table_and_onto_a_page(
 
 
 def test_evaluate_shows_where_the_policy_went(folder: Path, capsys: pytest.CaptureFixture[str]):
+    # A little later, with one prompt more and two prompts fewer than before.
+    prompts = [*tiny_texts(6)[:4], "elsewhere"]
+    texts = ["dog", "a red cat", "the big bird runs"]
+    write(folder / "later.jsonl", [{"prompt": p, "completions": texts} for p in prompts])
     command = (
         "evaluate --reward_model {f}/reward.py:letters --rewards model {f}/scalar "
         "--gold {f}/reward.py:letters --samples before {f}/before.jsonl after {f}/after.jsonl "
-        "french {f}/away.jsonl --output {f}/new/shift.json --page {f}/new/shift.html"
+        "later {f}/later.jsonl french {f}/away.jsonl --output {f}/new/shift.json --page {f}/new/shift.html"
     )
     assert run(command, folder) == 0, capsys.readouterr().err
     printed = " ".join(capsys.readouterr().err.split())
@@ -611,8 +616,24 @@ def test_evaluate_shows_where_the_policy_went(folder: Path, capsys: pytest.Captu
         right += [float(rewards[b] > rewards[a]) for a, b in ((0, 1), (0, 2), (1, 2))]
     assert accuracies["model", "before"]["accuracy"] == pytest.approx(sum(right) / 18)
     assert accuracies["model", "french"]["low"] is None  # one prompt, so no interval
-    assert set(found["energies"]) == set(found["lengths"]) == {"after", "french"}
-    assert 0 < found["energies"]["after"]["coefficient"] < 1
+    assert set(found["energies"]) == set(found["lengths"]) == {"after", "later", "french"}
+    # By hand: of the prompts that both answer, labels within them; else one completion of each.
+    sides = {}
+    for name in ("before", "after", "later", "away"):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        made = sorted((json.loads(line) for line in lines), key=lambda row: row["prompt"])
+        sides[name] = [(row["prompt"], row["completions"]) for row in made]
+    for name, file in (("after", "after"), ("later", "later"), ("french", "away")):
+        both = {p for p, _ in sides[file]} & {p for p, _ in sides["before"]}
+        kept = [
+            [(p, c) for p, some in sides[side] for c in (some if both else some[:1])
+             if not both or p in both]
+            for side in (file, "before")
+        ]  # fmt: skip
+        states = [last_states(model, [p for p, _ in some], [c for _, c in some]) for some in kept]
+        groups = ([p for p, _ in kept[0]], [p for p, _ in kept[1]]) if both else None
+        expected = dataclasses.asdict(energy_test(states[0], states[1], groups=groups))
+        assert found["energies"][name] == pytest.approx(expected)
     assert found["energies"]["after"]["p_value"] <= 0.05  # other words at the end
     means = [sum(len(c) for c in row["completions"]) / 3 for row in rows]
     assert found["lengths"]["after"]["other_mean"] == pytest.approx(sum(means) / 6)

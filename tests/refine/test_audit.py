@@ -328,6 +328,15 @@ def test_prompts_without_a_pair_are_found_by_their_cluster():
         rows_of(texts_of(48), prompts=prompts[:48]), embed=directions, prompts=prompts
     )
     assert "clusters of prompts" not in " ".join(even.verdicts)
+    # So do few prompts, which leave clusters out by chance.
+    few = audit_preferences(
+        rows_of(texts_of(8), prompts=[prompts[i] for i in (0, 10, 21, 32, 43, 54, 65, 75)]),
+        embed=directions,
+        prompts=prompts,
+    )
+    assert few.coverage is not None
+    assert few.coverage.covered_clusters == 6  # 5.6 by chance
+    assert "clusters of prompts" not in " ".join(few.verdicts)
     alone = audit_preferences(rows, prompts=["other"]).coverage
     assert alone is not None
     assert (alone.prompts, alone.covered, alone.elsewhere, alone.clusters) == (1, 0, 48, None)

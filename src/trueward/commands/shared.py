@@ -1,14 +1,13 @@
 """What commands share: how sources are read, rewards are found, and runs begin and end."""
 
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 
 from trueward.data.formats import DataError, Loaded
+from trueward.data.functions import is_python_function, python_function
 from trueward.models.reward_function import Reward, load_reward_models
 from trueward.train.run_folder import RunFolder, finished_summary
 
@@ -48,27 +47,12 @@ def load_reward(names: Sequence[str]) -> Reward:
     """Return a reward model, several, or the function that `FILE.py:FUNCTION` names."""
     if not names:
         raise DataError("A reward is needed: a reward model's folder, or FILE.py:FUNCTION.")
-    path, _, function = names[0].rpartition(":")
-    if path.endswith(".py"):
+    if is_python_function(names[0]):
         if len(names) > 1:
             raise DataError("Give either one reward function or reward models, not both.")
-        return _python_function(Path(path), function)
+        return python_function(names[0], what="reward function")
     models = load_reward_models(*names)
     return models[0] if len(models) == 1 else models
-
-
-def _python_function(path: Path, name: str) -> Callable[..., object]:
-    if not path.exists():
-        raise DataError(f"The reward function's file {path} does not exist: check the path.")
-    spec = importlib.util.spec_from_file_location("trueward_user_reward", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Callable[..., object] | None = getattr(module, name, None)
-    if not callable(found):
-        raise DataError(f"{path} has no function '{name}'.")
-    return found
 
 
 def completions_of_rows(

@@ -78,6 +78,8 @@ class RefinementMethod:
     # `first` is trained on the preferences alone; gold, random and length are what they say.
     method: RefineMethod | Literal["first", "gold", "random", "length"] = "first"
     members: int = 1  # several: a deep ensemble, each member refined
+    # Name of another row whose trained reward this one asks, with an objective of its own.
+    shares: str = ""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     epochs_scale: float = 1.0  # training this many times as long: the control at equal cost
     spg: SPGConfig = field(default_factory=lambda: SPGConfig(progress=False))
@@ -141,6 +143,20 @@ class RefinementsConfig:
             )
         if not 0 < self.level < 1:
             raise ValueError(f"level is a share of pairs in (0, 1), got {self.level}.")
+        for name, method in self.methods.items():
+            owner = self.methods.get(method.shares) if method.shares else None
+            if method.shares and (owner is None or owner.shares or method.shares == name):
+                raise ValueError(
+                    f"methods.{name}.shares must name another row with a reward of its own, got "
+                    f"{method.shares!r}."
+                )
+            if owner is not None and replace(
+                method, shares="", label="", objective=ObjectiveConfig()
+            ) != replace(owner, label="", objective=ObjectiveConfig()):
+                raise ValueError(
+                    f"methods.{name} shares the reward of {method.shares!r}: it must be the same "
+                    "but for label and objective."
+                )
         if self.answer_tokens >= self.train.max_length:
             raise ValueError(
                 f"answer_tokens ({self.answer_tokens}) must leave room for the prompt in "
@@ -208,6 +224,8 @@ def _tasks(config: RefinementsConfig) -> list[Task]:
             needs = ["data"]
             if method.method in METHODS:
                 needs += [f"{at}/{FIRST}"]
+            if method.shares:
+                needs += [f"{at}/{method.shares}"]
             arguments = (config, seed, fold, name)
             tasks.append(
                 Task(
@@ -427,7 +445,7 @@ def judge_row(config: RefinementsConfig, seed: int, fold: int, name: str) -> Non
     elif method.method == "length":
         proxy = torch.tensor([float(w) for r in data.asked for w in r.words])
     else:
-        reward = _remembering(config, make_reward(config, seed, fold, name, data))
+        reward = _remembering(config, make_reward(config, seed, fold, method.shares or name, data))
         posterior_of = posterior_function(reward)
         proxy = objective(posterior_of(prompts, answers))
         measured = evaluate_preferences(posterior_of, data.held_out, objective=objective)

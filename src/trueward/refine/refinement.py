@@ -151,7 +151,12 @@ def refine_reward(
         uml = replace(uml or MultiViewConfig(), loss=views, seed=train.seed)
         alike = None
         if uml.views == "cluster":
-            alike = equivalent or (spg or SPGConfig()).build(policy, [texts for _, texts in drawn])
+            alike = equivalent or (spg or SPGConfig()).build(
+                policy,
+                [texts for _, texts in drawn],
+                prompts=[prompt for prompt, _ in drawn],
+                routes_of=routes,
+            )
         auxiliary = views_of(uml, drawn, alike)
     return train_family(
         make,
