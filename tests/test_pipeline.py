@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import trueward.pipeline as pipeline
+import trueward.pipeline.inputs as inputs_of
+import trueward.pipeline.stages as stages
 import trueward.refine.spg as spg
 from trueward import objectives
 from trueward.lab.grammar import GrammarWorld
@@ -20,6 +21,7 @@ from trueward.pipeline import RLPConfig, RLPData, StopConfig, run_rlp
 from trueward.posterior import RewardPosterior
 from trueward.refine.multiview import MultiViewConfig
 from trueward.refine.spg import SPGConfig
+from trueward.report.run import report_run
 from trueward.sampling import SamplingConfig
 from trueward.train.families import FamilyConfig
 from trueward.train.policy import PolicyConfig
@@ -113,6 +115,11 @@ def test_every_stage_has_its_folder_summary_and_numbers(unbroken: Path):
     shift = metrics["reward_models_on_policy_samples"]
     assert set(shift) == {f"reward model of {p}" for p in ("PPO", "control", "RLP-SPG", "RLP-UML")}
     assert json.loads((unbroken / "table.json").read_text())["columns"][0] == "policy"
+    table = json.loads((unbroken / "shift.json").read_text())
+    assert {a["source"] for a in table["accuracies"]} <= set(metrics["policies"])
+    assert all(0 <= a["low"] <= a["accuracy"] <= a["high"] <= 1 for a in table["accuracies"])
+    page = report_run(unbroken).read_text()
+    assert "Where the policy went" in page
     assert metrics["stopped"] == {}
     assert "uml/jsd" in (unbroken / "05_reward_uml_1" / "metrics.jsonl").read_text()
     assert "test.jsonl" in (unbroken / "data.txt").read_text()
@@ -121,7 +128,7 @@ def test_every_stage_has_its_folder_summary_and_numbers(unbroken: Path):
 def test_a_finished_run_is_loaded_not_done_again(
     files: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pipeline, "train_sft", None)
+    monkeypatch.setattr(stages, "train_sft", None)
     summary = run_rlp(config_for(files, unbroken))
     assert summary["command"] == "rlp"
 
@@ -288,7 +295,7 @@ def test_accuracy_that_falls_stops_the_rounds(files: Path, tmp_path: Path):
     def reason(loss: float) -> str:
         stop = StopConfig(max_accuracy_loss=loss)
         config = dataclasses.replace(config_for(files, tmp_path), stop=stop)
-        return pipeline._reason_to_stop(config, len, len, [], tmp_path, "spg_1")
+        return stages.reason_to_stop(config, len, len, [], tmp_path, "spg_1")
 
     assert reason(0.05) == (
         "accuracy on the evaluation sets fell from 0.800 to 0.700, by more than 0.05"
@@ -301,7 +308,7 @@ def test_held_out_prompts_are_in_no_training_data(files: Path, tmp_path: Path):
     shared = dataclasses.replace(
         config.data, prompts=str(files / "demonstrations.jsonl"), evaluation_prompts=6
     )
-    inputs = pipeline._load(dataclasses.replace(config, data=shared))
+    inputs = inputs_of.load_inputs(dataclasses.replace(config, data=shared))
     held_out = {row.prompt[0]["content"] for row in inputs.unlabelled[:6]}
     trained = {row.prompt[0]["content"] for row in inputs.demonstrations}
     assert len(held_out) == 6

@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from trueward.data.sources import DataError
+from trueward.evaluate.shift import ShiftAccuracy, ShiftDifference, ShiftTable
 from trueward.report.figures import (
     KL_LABEL,
     Curve,
@@ -28,6 +29,7 @@ from trueward.report.html import (
     render_report,
 )
 from trueward.report.numbers import Cell, column_decimals, format_number, is_number_column
+from trueward.report.shift import shift_section
 from trueward.report.svg import to_svg
 from trueward.train.run_folder import write_text
 
@@ -236,6 +238,9 @@ def _sections(own: _Run | None, stages: Sequence[_Run]) -> Iterator[Section]:
         results = _results(own.path)
         if results is not None:
             yield results
+        shift = _read_object(own.path / "shift.json")
+        if shift is not None:
+            yield shift_section(_shift_table(shift))
     if stages:
         yield Section(title="Stages", tables=[_stage_table(stages)])
     elif own is not None and own.summary:
@@ -250,6 +255,14 @@ def _sections(own: _Run | None, stages: Sequence[_Run]) -> Iterator[Section]:
         yield Section(
             title="Configuration", details=configuration_details(own.config, own.environment)
         )
+
+
+def _shift_table(plain: Mapping[str, Any]) -> ShiftTable:
+    """Return what a run wrote into `shift.json`."""
+    found = dict(plain)
+    found["accuracies"] = [ShiftAccuracy(**a) for a in plain["accuracies"]]
+    found["differences"] = [ShiftDifference(**d) for d in plain["differences"]]
+    return ShiftTable(**found)
 
 
 def _run_section(run: _Run, *, alone: bool) -> Section | None:
