@@ -597,7 +597,8 @@ def test_evaluate_shows_where_the_policy_went(folder: Path, capsys: pytest.Captu
     command = (
         "evaluate --reward_model {f}/reward.py:letters --rewards model {f}/scalar "
         "--gold {f}/reward.py:letters --samples before {f}/before.jsonl after {f}/after.jsonl "
-        "later {f}/later.jsonl french {f}/away.jsonl --output {f}/new/shift.json --page {f}/new/shift.html"
+        "later {f}/later.jsonl french {f}/away.jsonl --output {f}/new/shift.json "
+        "--page {f}/new/shift.html"
     )
     assert run(command, folder) == 0, capsys.readouterr().err
     printed = " ".join(capsys.readouterr().err.split())
@@ -639,9 +640,8 @@ def test_evaluate_shows_where_the_policy_went(folder: Path, capsys: pytest.Captu
     assert found["lengths"]["after"]["other_mean"] == pytest.approx(sum(means) / 6)
     page = (folder / "new" / "shift.html").read_text()
     assert page.count("<svg") == 1
-    for text in ("model less reward", "How far the completions moved from those of before"):
-        assert text in printed
-        assert text in page
+    assert "How far the completions moved from those of before" in printed
+    assert "model less reward" in page
     # A judge in gold's place, that is asked about one pair of each prompt.
     judged = (
         "evaluate --reward_model {f}/scalar --judge {f}/scalar --sample_pairs first --samples "
