@@ -2,14 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from trueward.commands.evaluation import (
-    AverageCommand,
-    EvaluateCommand,
-    ReportCommand,
-    average,
-    evaluate,
-    report,
-)
+from trueward.commands.averaging import AverageCommand, average
+from trueward.commands.evaluation import EvaluateCommand, ReportCommand, evaluate, report
 from trueward.commands.preferences import AuditCommand, audit
 from trueward.commands.sampling import SampleCommand, ScoreCommand, sample, score
 from trueward.commands.training import (

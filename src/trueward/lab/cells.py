@@ -17,7 +17,7 @@ from trueward.evaluate.overoptimization import (
     best_of_n_kl,
     best_of_n_sizes,
 )
-from trueward.evaluate.shift import agreement
+from trueward.evaluate.shift import agreement, policy_kl
 from trueward.lab.language import (
     Lab,
     RewardOf,
@@ -32,12 +32,11 @@ from trueward.lab.language import (
 )
 from trueward.lab.methods import Method
 from trueward.lab.worlds import stated_and_chosen, words_of
-from trueward.losses.policy import kl_estimate
-from trueward.models.policy import Policy, exact_token_kl
+from trueward.models.policy import Policy
 from trueward.posterior import RewardPosterior
-from trueward.sampling import Sample, SamplingConfig, sample
+from trueward.sampling import SamplingConfig, sample
 from trueward.train.loop import seed_of
-from trueward.train.policy import packed_batches, train_policy
+from trueward.train.policy import train_policy
 from trueward.train.run_folder import RunFolder, finished_summary, write_text
 
 Objective = Callable[[RewardPosterior], Tensor]
@@ -92,7 +91,7 @@ def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path)
         judged = Judged(asked, answers, gold, objective(posterior))
         point = {"step": float(step)} | measures(judged, posterior, samples=sampling.n)
         point["win_rate"] = wins(gold.view(-1, sampling.n), against.view(-1, sampling.n))
-        point |= kl_metrics(policy, world.policy, drawn, max_tokens=config.max_batch_tokens)
+        point |= policy_kl(policy, world.policy, drawn, max_tokens=config.max_batch_tokens)
         write_evaluation(folder, step, point, judged, every=sampling.n)
         return {f"evaluation/{key}": value for key, value in point.items()}
 
@@ -183,23 +182,6 @@ def wins(gold: Tensor, reference: Tensor) -> float:
     """
     sign = (gold[:, :, None] - reference[:, None, :]).sign()
     return ((sign + 1) / 2).mean().item()
-
-
-@torch.no_grad()
-def kl_metrics(policy: Policy, ref: Policy, samples: Sequence[Sample], *, max_tokens: int) -> Point:
-    """Return the KL of a policy to the reference on its own completions, in nats a completion.
-
-    `kl/exact` sums the exact KL of each next token (see `exact_token_kl`); `kl/k1`, `kl/k2` and
-    `kl/k3` sum the estimators of Schulman 2020 (http://joschu.net/blog/kl-approx.html).
-    """
-    totals: dict[str, float] = dict.fromkeys(("kl/exact", "kl/k1", "kl/k2", "kl/k3"), 0.0)
-    for batch, _ in packed_batches(policy, samples, range(len(samples)), max_tokens):
-        logprobs, ref_logprobs = policy(batch).logprobs, ref(batch).logprobs
-        totals["kl/exact"] += exact_token_kl(policy, ref, batch).sum().item()
-        for estimator in ("k1", "k2", "k3"):
-            kl = kl_estimate(logprobs, ref_logprobs, estimator=estimator)
-            totals[f"kl/{estimator}"] += (kl * batch.mask).sum().item()
-    return {key: value / len(samples) for key, value in totals.items()}
 
 
 def best_of_n_points(
