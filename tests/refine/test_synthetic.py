@@ -379,6 +379,8 @@ def test_rows_are_trl_preferences_that_our_loader_reads(tmp_path) -> None:  # ty
         "cluster_sizes": [3, 1],
         "chosen_reward": 3.0,
         "rejected_reward": 9.0,
+        "chosen_index": 1,
+        "rejected_index": 2,
     }
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     loaded = load_preferences(tmp_path / "pairs.jsonl").rows

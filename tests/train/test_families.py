@@ -230,3 +230,11 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         FamilyConfig(members=0)
     with pytest.raises(ValueError, match=r"best must lie between 1 and candidates \(2\), got 3"):
         WARMConfig(candidates=2, best=3)
+
+
+def test_weights_are_refused_where_a_second_stage_would_forget_them(tmp_path: Path):
+    rows = [PreferenceRow(*texts, weight=2.0) for texts in tiny_preferences(4)]
+    with pytest.raises(DataError, match="weight=2, which family=laplace does not read"):
+        train_family(
+            make, rows, FamilyConfig(family="laplace"), RewardConfig(), output_dir=tmp_path
+        )

@@ -55,6 +55,9 @@ class SyntheticPreference:
             "cluster_sizes": list(self.cluster_sizes),
             "chosen_reward": self.chosen_reward,
             "rejected_reward": self.rejected_reward,
+            # Places among the prompt's samples: a liking for one of them shows in `trueward audit`.
+            "chosen_index": self.chosen_index,
+            "rejected_index": self.rejected_index,
         }
 
 

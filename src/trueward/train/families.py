@@ -51,7 +51,12 @@ from trueward.train.brme import PRESETS, BRMEConfig, require_ratings, train_brme
 from trueward.train.energy import EnergyConfig, train_energy
 from trueward.train.laplace import LaplaceConfig, fit_laplace
 from trueward.train.loop import seed_of
-from trueward.train.reward import RewardConfig, own_completions, train_reward
+from trueward.train.reward import (
+    RewardConfig,
+    own_completions,
+    require_unweighted,
+    train_reward,
+)
 from trueward.train.run_folder import RunFolder, finished_summary, keep_config
 
 Maker = Callable[..., RewardModel]  # RewardModel.from_backbone, its backbone given
@@ -262,6 +267,8 @@ def train_family(
             "Members of a LoRA ensemble have last states of their own, so no multi-view loss can "
             "be trained beside them: choose another family, or a method without views."
         )
+    if config.family in POST_HOC:  # their second stages read no weights
+        require_unweighted(preferences, f"family={config.family}")
     folder = Path(output_dir)
     # Beside the configurations of the parts: another family's folder must not pass for this one's.
     keep_config(folder / "family.yaml", {"family": config, "train": train})
