@@ -5,9 +5,11 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import trueward.pipeline.inputs as inputs_of
 import trueward.pipeline.stages as stages
@@ -15,6 +17,7 @@ import trueward.refine.spg as spg
 from trueward import objectives
 from trueward.lab.grammar import GrammarWorld
 from trueward.lab.worlds import Annotator
+from trueward.models.reward_model import RewardModel
 from trueward.models.scratch import ModelSource
 from trueward.options import ObjectiveConfig
 from trueward.pipeline import RLPConfig, RLPData, StopConfig, run_rlp
@@ -187,7 +190,6 @@ def rounds_config(files: Path, out: Path) -> RLPConfig:
         family=FamilyConfig(),
         methods=["spg_uml"],
         rounds=2,
-        ensemble_rounds=True,
         data=dataclasses.replace(config.data, gold_preferences=[]),
         policy=dataclasses.replace(config.policy, steps=4, refresh_every=2),
         refresh_prompts=4,
@@ -215,14 +217,60 @@ def test_rounds_go_from_policy_to_samples_to_reward_to_policy(rounds: Path):
     assert "uml/jsd" in logged  # both ingredients
 
 
-def test_the_rewards_of_all_rounds_are_one_ensemble(rounds: Path):
-    first = json.loads((rounds / "03_policy" / "metrics.jsonl").read_text().splitlines()[0])
-    later = json.loads(
-        (rounds / "06_policy_spg_uml_2" / "metrics.jsonl").read_text().splitlines()[0]
-    )
+def test_the_rewards_of_all_rounds_are_one_ensemble(files: Path, rounds: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(rounds, run)
+    for made in [*run.glob("06_*"), *run.glob("07_*"), *run.glob("0[45]_*_2")]:
+        shutil.rmtree(made)  # what hangs on the policies' rewards
+    for file in ("summary.json", "config.yaml"):
+        (run / file).unlink()
+    config = rounds_config(files, run)
+    policy = dataclasses.replace(config.policy, refresh_every=0)
+    run_rlp(dataclasses.replace(config, policy=policy, refresh_prompts=0, ensemble_rounds=True))
+
+    def gap(stage: str) -> float:
+        line = (run / stage / "metrics.jsonl").read_text().splitlines()[0]
+        return json.loads(line)["objective/gap"]
+
     # One member has no gap between nominal and worst case; several models have.
-    assert first["objective/gap"] == 0.0
-    assert later["objective/gap"] > 0.0
+    assert gap("03_policy") == 0.0
+    assert gap("06_policy_spg_uml_1") > 0.0
+    assert gap("06_policy_spg_uml_2") > 0.0
+
+
+def test_what_is_reported_after_refreshes_is_the_last_reward(rounds: Path):
+    config = yaml.safe_load((rounds / "config.yaml").read_text())
+    assert config["policy"]["refresh_every"] == 2
+    preferences = rounds / "05_preferences_spg_uml_2" / "preferences.jsonl"
+    row = json.loads(preferences.read_text().splitlines()[0])
+    # The second round's pairs are scored by what the first round's policy ended with.
+    folder = rounds / "06_policy_spg_uml_1" / "refreshed" / "000002" / "reward" / "model"
+    reward = RewardModel.from_pretrained(folder)
+    scored = reward.score([row["prompt"]], [row["chosen"]], normalise=True).mean.item()
+    assert scored == pytest.approx(row["chosen_reward"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": ["uml"], "family": FamilyConfig(family="lora")}, "method=uml learns on one"),
+        ({"spg": SPGConfig(rule="reward")}, "spg.rule is what the method says"),
+        ({"uml": MultiViewConfig(loss="mvi")}, "uml.loss is what the method says"),
+        ({"refresh_prompts": 4}, "refresh_prompts is for policy.refresh_every"),
+        ({"methods": ["uml"], "stop": StopConfig(min_accepted=0.1)}, "none of the methods makes"),
+        ({"warm_start": True, "family": FamilyConfig(family="deep")}, "warm_start trains one"),
+    ],
+)
+def test_what_would_fail_or_be_ignored_late_is_refused_early(
+    files: Path, tmp_path: Path, changes: dict[str, Any], said: str
+):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(config_for(files, tmp_path), **changes)
+
+
+def test_ensembles_of_rounds_and_refreshed_rewards_are_alternatives(files: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="choose one of them"):
+        dataclasses.replace(rounds_config(files, tmp_path), ensemble_rounds=True)
 
 
 def test_a_reward_is_refreshed_within_a_policys_run(rounds: Path):
@@ -290,7 +338,8 @@ def test_rounds_stop_by_their_rules(
 
 def test_accuracy_that_falls_stops_the_rounds(files: Path, tmp_path: Path):
     for name, accuracy in (("02_reward", 0.8), ("05_reward_spg_1", 0.7)):
-        RunFolder(tmp_path / name, command="reward").finish({"test/accuracy": accuracy}, seed=0)
+        numbers = {"test/accuracy": accuracy, "held_out/accuracy": 0.0}  # the second a family's own
+        RunFolder(tmp_path / name, command="reward").finish(numbers, seed=0)
 
     def reason(loss: float) -> str:
         stop = StopConfig(max_accuracy_loss=loss)

@@ -127,6 +127,11 @@ def test_a_choice_is_worth_what_gold_says_of_it():
     assert found["agreement"] == [pytest.approx(2 / 3)]  # b above c is the one mistake
     assert found["gold of 1"] == [pytest.approx(1.0)]  # any answer
     assert found["gold of 2"] == [pytest.approx((1 + 2 + 1) / 3)]  # of ab: b, ac: c, bc: b
+    few = Recorded("q", ["a", "b"], [1, 2], [3.0, 4.0])
+    uneven = choices([row, few], torch.tensor([0.1, 0.3, 0.2, 0.0, 1.0]))
+    assert uneven["gold"] == [1.0, 4.0]
+    assert uneven["gold of 1"] == [pytest.approx(1.0), pytest.approx(3.5)]
+    assert [len(column) for column in uneven.values()] == [2] * len(uneven)  # null, not left out
     tied = choices([row], torch.zeros(3))
     assert tied["gold"] == [pytest.approx(1.0)]
     equal = Recorded("p", ["a", "b"], [1, 1], [1.0, 1.0])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from trueward import objectives
 from trueward.data.formats import PreferenceRow
 from trueward.evaluate.judges import function_judge
 from trueward.models.reward_function import posterior_function
@@ -14,7 +15,15 @@ from trueward.models.reward_model import RewardModel
 from trueward.refine import refinement
 from trueward.refine.equivalence import exact_match
 from trueward.refine.multiview import MultiViewConfig
-from trueward.refine.refinement import LABELS, METHODS, RefineMethod, refine_reward, warm_start
+from trueward.refine.refinement import (
+    LABELS,
+    METHODS,
+    RefineMethod,
+    refine_reward,
+    require_own_options,
+    rewards_of,
+    warm_start,
+)
 from trueward.refine.spg import SPGConfig
 from trueward.testing import tiny_backbone, tiny_preferences, tiny_texts
 from trueward.testing import tiny_tokenizer as make_tokenizer
@@ -128,8 +137,36 @@ def test_both_ingredients_compose_with_bayesian_ensembles(family: str, tmp_path:
 
 
 def test_views_are_refused_where_there_is_no_single_last_state(tmp_path: Path):
-    with pytest.raises(ValueError, match="LoRA ensemble have last states of their own"):
+    with pytest.raises(ValueError, match="members of a LoRA ensemble have states of their own"):
         refine("uml", tmp_path, family=FamilyConfig(family="lora", members=2))
+    finished = FamilyConfig(family="laplace", stage1=str(tmp_path / "head"))
+    with pytest.raises(ValueError, match=r"family.stage1 is a finished one: leave stage1 out"):
+        refine("uml", tmp_path, family=finished)
+
+
+def test_members_of_an_ensemble_have_views_of_their_own(tmp_path: Path):
+    refine("uml", tmp_path, family=FamilyConfig(family="deep", members=2))
+    files = [tmp_path / "model" / f"member_{k}" / "metrics.jsonl" for k in (0, 1)]
+    logs = [json.loads(file.read_text().splitlines()[0]) for file in files]
+    assert logs[0]["uml/jsd"] != logs[1]["uml/jsd"]
+
+
+def test_a_completion_that_the_reward_cannot_read_is_left_out_and_counted():
+    model = make()
+    long = "word " * 200
+    rewards = rewards_of(model, objectives.mean)(["p", "p"], ["short", long])
+    assert rewards[0].isfinite()
+    assert rewards[1].isnan()
+
+
+def test_options_of_one_method_do_not_stop_another(tmp_path: Path):
+    # One configuration serves a table of ablations: what a loss or rule does not read is left out.
+    tuned = MultiViewConfig(latent=4, width=8, prompts_per_batch=2, skl_coef=0.5)
+    refine("mvi", tmp_path / "mvi", uml=tuned)
+    matched = SPGConfig(rejected="length_matched", progress=False)
+    refine("reward", tmp_path / "reward", spg=matched)
+    with pytest.raises(ValueError, match=r"uml\.seed is the training's seed"):
+        require_own_options(SPGConfig(), MultiViewConfig(seed=1))
 
 
 def test_a_warm_start_trains_the_current_model_on_and_leaves_it_alone(tmp_path: Path):

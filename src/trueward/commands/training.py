@@ -1,6 +1,6 @@
 """Commands that train: sft, reward, policy, refine, rlp."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from trueward.data.formats import (
 )
 from trueward.evaluate.policy_judge import policy_judge
 from trueward.models.policy import Policy
-from trueward.models.reward_function import Reward, load_reward_models, posterior_function
+from trueward.models.reward_function import Reward, load_reward_models
 from trueward.models.reward_model import RewardModel
 from trueward.models.scratch import ModelSource, load_policy
 from trueward.options import ObjectiveConfig
@@ -37,6 +37,9 @@ from trueward.refine.refinement import (
     METHODS,
     RefineMethod,
     refine_reward,
+    require_composable,
+    require_own_options,
+    rewards_of,
     warm_start,
     with_facts,
 )
@@ -44,6 +47,7 @@ from trueward.refine.spg import SPGConfig
 from trueward.report.run import report_run
 from trueward.sampling import fitting_prompts, read_samples
 from trueward.train.families import FamilyConfig, train_family
+from trueward.train.loop import seed_of
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig
 from trueward.train.run_folder import finished_summary
@@ -200,6 +204,8 @@ class RefineCommand:
 
     def __post_init__(self) -> None:
         self.family.require_own_options()
+        require_own_options(self.spg, self.uml)
+        require_composable(self.method, self.family)
         if METHODS[self.method].pairs == "rlaif" and not self.policy:
             raise ValueError("method=rlaif asks the policy which sample is better: give --policy.")
 
@@ -218,7 +224,8 @@ def refine(config: RefineCommand) -> None:
     current: Reward = models[0] if len(models) == 1 else models
     drawn = read_samples(config.samples)
     ingredients = METHODS[config.method]
-    embeds = config.spg.equivalence == "policy_states" and (
+    names = {config.spg.equivalence, *config.spg.routes.values()}
+    embeds = "policy_states" in names and (
         ingredients.pairs in ("spg", "select_all") or config.uml.views == "cluster"
     )
 
@@ -226,7 +233,6 @@ def refine(config: RefineCommand) -> None:
         own: dict[str, Any] = {"max_length": config.train.max_length, **options}
         return RewardModel.from_backbone(config.backbone, **own)
 
-    objective, posterior_of = config.objective.build(), posterior_function(current)
     start(config, "refine")
     refine_reward(
         config.method,
@@ -236,8 +242,10 @@ def refine(config: RefineCommand) -> None:
         ),
         rows,
         drawn,
-        rewards=lambda prompts, answers: objective(posterior_of(prompts, answers)),
-        train=config.train,
+        rewards=rewards_of(current, config.objective.build()),
+        # Another seed than the first reward's, which is trained with the same options, and the same
+        # for all methods: they differ by method alone.
+        train=replace(config.train, seed=seed_of(config.train.seed, "refined") % 2**31),
         output_dir=out,
         family=config.family,
         spg=config.spg,

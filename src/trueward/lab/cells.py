@@ -151,6 +151,7 @@ def best_of_n_cell(lab: Lab, method: Method, seed: int, folder: Path) -> None:
         final_gold=pool.gold[range(len(pool.prompts)), picks[-1]].tolist(),
         probabilities=probabilities,
         outcomes=outcomes,
+        agreements=told_of(lab, seed, reward, objective),
     )
     write_result(run, folder, result)
 

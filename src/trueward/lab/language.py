@@ -21,6 +21,7 @@ from trueward import objectives
 from trueward.data.formats import load_preferences
 from trueward.data.rows import Completion, PreferenceRow, Prompt
 from trueward.data.sources import read_jsonl, write_jsonl
+from trueward.evaluate.policy_judge import policy_judge
 from trueward.evaluate.shift import agreement
 from trueward.lab.controls import length_reward, random_reward
 from trueward.lab.methods import REFINED, Method
@@ -30,7 +31,13 @@ from trueward.models.reward_function import PosteriorFunction, posterior_functio
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
 from trueward.refine.multiview import MultiViewConfig
-from trueward.refine.refinement import METHODS, RefineMethod, refine_reward
+from trueward.refine.refinement import (
+    METHODS,
+    RefineMethod,
+    refine_reward,
+    require_own_options,
+    rewards_of,
+)
 from trueward.refine.spg import SPGConfig
 from trueward.train.families import FamilyConfig, train_family
 from trueward.train.loop import seed_of
@@ -103,6 +110,7 @@ class LanguageConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         if self.subset > 1:
             raise ValueError(f"subset is a share in (0, 1], got {self.subset}.")
+        require_own_options(self.spg, self.uml)
         if self.spg.equivalence != SPGConfig().equivalence:
             raise ValueError("spg.equivalence is the world's own here: leave it out.")
         if self.long < 0:
@@ -281,13 +289,14 @@ def train_member(lab: Lab, seed: int, spec: RewardSpec) -> None:
         return
     if spec.refine:
         drawn = samples_of(lab, seed, refined_from(spec)) if any(METHODS[spec.refine]) else []
-        scorer = load_member(lab, seed, refined_from(spec))
+        source = lab.ground(seed) / "sampled" / refined_from(spec).name / "training" / "model"
+        judges = METHODS[spec.refine].pairs == "rlaif"
         refine_reward(
             spec.refine,
             make,
             rows,
             drawn,
-            rewards=lambda prompts, answers: scorer.score(prompts, answers).mean,
+            rewards=rewards_of(load_member(lab, seed, refined_from(spec)), objectives.mean),
             train=train,
             output_dir=folder,
             # Like the first reward, a Gaussian head: the method alone tells them apart.
@@ -296,6 +305,7 @@ def train_member(lab: Lab, seed: int, spec: RewardSpec) -> None:
             uml=config.uml,
             equivalent=world.equivalence([answers for _, answers in drawn]) if drawn else None,
             policy=world.policy,
+            judge=policy_judge(Policy.from_pretrained(source)) if judges else None,
             reference=reference,
         )
         return

@@ -63,7 +63,9 @@ class Method:
     steps_scale: float = 1.0  # policy training this many times as long: the policy trained twice
     # Refined rewards: policy -> samples -> reward, this many times, each from the reference policy.
     rounds: int = 1
-    ensemble_rounds: bool = False  # optimise the rewards of all rounds, the first one's included
+    # Optimise the rewards of all rounds, the first one's included; what a round samples is a policy
+    # optimised against the last round's reward alone.
+    ensemble_rounds: bool = False
 
     def __post_init__(self) -> None:
         if self.members < 1:

@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from trueward import objectives
 from trueward.data.formats import load_preferences
 from trueward.data.rows import Completion, PreferenceRow, Prompt, prompt_key, text_of
 from trueward.data.sources import (
@@ -50,7 +51,13 @@ from trueward.models.sentence_backbone import (
 from trueward.options import ObjectiveConfig
 from trueward.refine.equivalence import EmbeddingEquivalence, related_threshold
 from trueward.refine.multiview import MultiViewConfig
-from trueward.refine.refinement import METHODS, RefineMethod, refine_reward
+from trueward.refine.refinement import (
+    METHODS,
+    RefineMethod,
+    refine_reward,
+    require_own_options,
+    rewards_of,
+)
 from trueward.refine.spg import SPGConfig
 from trueward.report.refinements import RefinementRuns, refinements_report
 from trueward.train.families import FamilyConfig, load_family, train_family
@@ -88,6 +95,7 @@ class RefinementMethod:
     def __post_init__(self) -> None:
         if self.members < 1:
             raise ValueError(f"members must be at least 1, got {self.members}.")
+        require_own_options(self.spg, self.uml)
         if self.method == "rlaif":
             raise ValueError(
                 "RLAIF asks the policy which answer is better, and of a recorded policy there is "
@@ -263,7 +271,8 @@ def prepare(config: RefinementsConfig) -> None:
     backbone.load_embeddings(Path(config.output_dir) / "embeddings")
     model = RewardModel.from_backbone(backbone, tokenizer, max_length=config.train.max_length)
     cut = _Cutter(tokenizer, answer=config.answer_tokens, length=config.train.max_length)
-    recorded = _read_answers(config, cut)
+    counts = {"pairs left out": 0, "prompts left out": 0}
+    recorded = _read_answers(config, cut, counts)
     loaded = load_preferences(config.preferences, data_dir=config.data_dir or None)
     order = permutation(len(loaded.rows), "refinements", "pairs")[: config.pairs or None]
     kept: list[dict[str, Any]] = []
@@ -271,7 +280,10 @@ def prepare(config: RefinementsConfig) -> None:
         chosen, rejected = cut.answer(text_of(row.chosen)), cut.answer(text_of(row.rejected))
         if chosen != rejected and chosen.strip() and rejected.strip():
             sides = {"chosen": chosen, "rejected": rejected}
+            # Without a margin: one in the source says how sure a judge was, on a scale of its own.
             kept.append({"prompt": cut.prompt(row.prompt), **sides})
+        else:
+            counts["pairs left out"] += 1  # equal or blank once they are cut
     write_jsonl(out / "preferences.jsonl", [_as_turns(row) for row in kept])
     write_jsonl(out / "answers.jsonl", [r._asdict() for r in recorded])
     pairs: list[tuple[Prompt, Completion]] = [
@@ -287,7 +299,13 @@ def prepare(config: RefinementsConfig) -> None:
                 embed([text_of(c) for _, c in some])
             bar.update(len(some))
             backbone.save_embeddings(Path(config.output_dir) / "embeddings", name="all")
-    run.finish({"pairs": len(kept), "prompts": len(recorded)}, seed=0)
+    console.print(
+        f"{loaded.report.summary()} {len(kept)} pairs in use, {counts['pairs left out']} equal or "
+        f"blank after the cut; {len(recorded)} prompts in use, {counts['prompts left out']} with "
+        "fewer than two judged answers or the same as another after the cut.",
+        highlight=False,
+    )
+    run.finish({"pairs": len(kept), "prompts": len(recorded), **counts}, seed=0)
 
 
 def _data_of(config: RefinementsConfig) -> dict[str, Any]:
@@ -304,7 +322,9 @@ def _as_turns(row: Mapping[str, Any]) -> dict[str, Any]:
     return dict(row) | sides
 
 
-def _read_answers(config: RefinementsConfig, cut: "_Cutter") -> list[Recorded]:
+def _read_answers(
+    config: RefinementsConfig, cut: "_Cutter", counts: dict[str, int]
+) -> list[Recorded]:
     """Read recorded answers; blank ones, and prompts with fewer than two of gold, are left out.
 
     Raises:
@@ -335,8 +355,11 @@ def _read_answers(config: RefinementsConfig, cut: "_Cutter") -> list[Recorded]:
                     [len(text_of(answers[i]).split()) for i in usable],
                     [gold[i] for i in usable],
                 )
-                if sum(g is not None for g in kept.gold) >= 2:
-                    found.setdefault(prompt_key(kept.prompt), kept)
+                judged = sum(g is not None for g in kept.gold) >= 2
+                if judged and prompt_key(kept.prompt) not in found:
+                    found[prompt_key(kept.prompt)] = kept
+                else:
+                    counts["prompts left out"] += 1
     keys = list(found)
     order = permutation(len(keys), "refinements", "prompts")[: config.prompts or None]
     return [found[keys[i]] for i in sorted(order)]
@@ -482,13 +505,12 @@ def make_reward(config: RefinementsConfig, seed: int, fold: int, name: str, data
             make, data.training, family or FamilyConfig(), train, output_dir=folder / "reward"
         )
     first = _remembering(config, load_family(row_folder(config, seed, fold, FIRST) / "reward"))
-    posterior_of = posterior_function(first)
     return refine_reward(
         method.method,
         make,
         data.training,
         data.samples,
-        rewards=lambda prompts, answers: posterior_of(prompts, answers).mean,
+        rewards=rewards_of(first, objectives.mean),
         train=train,
         output_dir=folder / "reward",
         family=family,
@@ -520,25 +542,28 @@ def choices(asked: Sequence[Recorded], proxy: Float[Tensor, " answer"]) -> dict[
     """Return for each prompt what the proxy's choice is worth, and how it orders the answers.
 
     Keys: `key` of the prompt; `gold` and `length` (words) of the choice among all judged answers,
-    tied ones sharing it; `gold of N` in the mean over all subsets of N answers; `agreement`, the
-    share of pairs of answers ordered as gold does (null where no pair differs).
+    tied ones sharing it; `gold of N` in the mean over all subsets of N answers (null for prompts
+    with fewer); `agreement`, the share of pairs of answers ordered as gold does (null where no pair
+    differs).
     """
     found: dict[str, list[Any]] = {"key": [prompt_key(r.prompt) for r in asked]}
+    grid = best_of_n_sizes(max(len(r.answers) for r in asked))
     at = 0
     for row in asked:
         own = proxy[at : at + len(row.answers)].double()[None]
         at += len(row.answers)
         gold = torch.tensor([row.gold], dtype=torch.float64)
         words = torch.tensor([row.words], dtype=torch.float64)
-        ns = sorted({*best_of_n_sizes(len(row.answers)), len(row.answers)})
+        ns = [*(n for n in grid if n < len(row.answers)), len(row.answers)]
         curve = best_of_n_curves_per_prompt(own, gold, ns)[0].tolist()
         length = best_of_n_curves_per_prompt(own, words, ns)[0].tolist()
         told = agreement(own, gold)
         found.setdefault("gold", []).append(curve[-1])
         found.setdefault("length", []).append(length[-1])
         found.setdefault("agreement", []).append(None if math.isnan(told) else told)
-        for n, value in zip(ns[:-1], curve, strict=False):
-            found.setdefault(f"gold of {n}", []).append(value)
+        by_n = dict(zip(ns, curve, strict=True))
+        for n in grid:
+            found.setdefault(f"gold of {n}", []).append(by_n.get(n))
     return found
 
 
@@ -587,7 +612,7 @@ def read_results(config: RefinementsConfig) -> list[RefinementRuns]:
                 own |= {k: v for k, v in zip(keys, cells, strict=True) if v is not None}
             numbers.setdefault(seed, {})[fold] = result["numbers"]
             pairs = finished_summary(file.parent / "preferences")
-            for key in ("accepted", "prompts", "longer_chosen"):
+            for key in ("accepted", "prompts", "chosen_longer"):
                 if pairs is not None and isinstance(pairs["metrics"].get(key), int | float):
                     made.setdefault(key, []).append(float(pairs["metrics"][key]))
         found.append(

@@ -10,6 +10,8 @@ from trueward.refine.multiview import MultiViewConfig
 from trueward.refine.refinement import (
     METHODS,
     RefineMethod,
+    require_composable,
+    require_own_options,
 )
 from trueward.refine.spg import SPGConfig
 from trueward.sampling import SamplingConfig
@@ -72,7 +74,8 @@ class RLPConfig:
     rounds: int = 1
     stop: StopConfig = field(default_factory=StopConfig)  # of a method's rounds
     warm_start: bool = False  # refine the last reward model instead of a fresh one from SFT
-    # Optimise against the reward models of all rounds so far, as one ensemble, not the last alone.
+    # Optimise against the reward models of all rounds so far, as one ensemble, not the last alone;
+    # the last alone makes the next round's preferences.
     ensemble_rounds: bool = False
     refresh_prompts: int = 0  # sampled at a refresh within a run (policy.refresh_every); 0 = all
     seed: int = 42
@@ -101,6 +104,25 @@ class RLPConfig:
                 "`trueward policy` under torchrun instead."
             )
         self.family.require_own_options()
+        require_own_options(self.spg, self.uml)
+        for method in self.methods:
+            require_composable(method, self.family)
+        if self.ensemble_rounds and self.policy.refresh_every:
+            raise ValueError(
+                "ensemble_rounds optimises the rewards of all rounds and policy.refresh_every one "
+                "that is made anew within a run: choose one of them."
+            )
+        if self.refresh_prompts and not self.policy.refresh_every:
+            raise ValueError("refresh_prompts is for policy.refresh_every: set that too.")
+        if self.stop.max_accuracy_loss and not self.data.evaluation:
+            raise ValueError(
+                "stop.max_accuracy_loss needs data.evaluation to measure accuracy on: name a set."
+            )
+        if self.stop.min_accepted and not any(METHODS[m].pairs for m in self.methods):
+            raise ValueError(
+                "stop.min_accepted is about synthetic preferences, and none of the methods makes "
+                "any: leave it out."
+            )
         if self.warm_start and self.family.family not in ("single", "heads"):
             raise ValueError(
                 "warm_start trains one model on: it is for family=single and heads, got "

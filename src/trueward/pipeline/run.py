@@ -83,7 +83,9 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
             drawn = samples_stage(
                 config, current, inputs, out / f"04_samples_{'1' if round_ == 1 else name}"
             )
-            model = refinement(models[-1], current, drawn, out / f"05_reward_{name}", number=round_)
+            model = refinement(
+                models[-1], current, drawn, out / f"05_reward_{name}", number=(round_,)
+            )
             if reason := reason_to_stop(config, models[-1], model, drawn, out, name):
                 stopped[method] = f"round {round_}: {reason}"
                 logger.info("%s stops before the policy of %s", method, stopped[method])
@@ -93,6 +95,9 @@ def run_rlp(config: RLPConfig) -> dict[str, object]:
             current = policy_stage(
                 config, optimised, inputs, out / f"06_policy_{name}", refinement=refinement
             )
+            models[-1] = refinement.last(model, out / f"06_policy_{name}")
+            if not config.ensemble_rounds:
+                optimised = models[-1]
             label = LABELS[method] + (f" round {round_}" if config.rounds > 1 else "")
             policies[label] = (current, optimised)
     rows = {

@@ -2,13 +2,13 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trueward.data.formats import (
-    DataError,
     LoadReport,
     PreferenceRow,
     Prompt,
@@ -27,6 +27,7 @@ from trueward.refine.refinement import (
     METHODS,
     RefineMethod,
     refine_reward,
+    rewards_of,
     warm_start,
     with_facts,
 )
@@ -38,6 +39,7 @@ from trueward.train.families import (
     load_family,
     train_family,
 )
+from trueward.train.loop import seed_of
 from trueward.train.policy import train_policy
 from trueward.train.run_folder import RunFolder, finished_summary, write_text
 from trueward.train.sft import train_sft
@@ -197,15 +199,15 @@ class Refinement:
         drawn: list[tuple[Prompt, list[str]]],
         out: Path,
         *,
-        number: int,
+        number: tuple[int, ...],
     ) -> Reward:
         """Train the reward again on D and what the method takes from the samples.
 
-        The control's seed is hundreds apart from the other seeds, and another one in each round.
+        The seed is another one than the first reward's, and another in each round and refresh; all
+        methods share it, the control too, so that they differ by method alone.
         """
         config = self.config
-        seed = config.seed + (100 * number if self.method == "control" else 0)
-        objective, posterior_of = config.objective.build(), posterior_function(scorer)
+        seed = seed_of(config.seed, "refined", *number) % 2**31
         report = LoadReport("preference pairs", read=len(self.inputs.preferences))
         make = warm_start(scorer) if config.warm_start else fresh_rewards(config, self.sft)
         reward = refine_reward(
@@ -213,7 +215,7 @@ class Refinement:
             with_facts(make, {"training data": config.data.preferences, "stage": out.name}),
             self.inputs.preferences,
             drawn,
-            rewards=lambda prompts, answers: objective(posterior_of(prompts, answers)),
+            rewards=rewards_of(scorer, config.objective.build()),
             train=dataclasses.replace(config.reward, seed=seed),
             output_dir=out,
             family=config.family,
@@ -221,7 +223,7 @@ class Refinement:
             uml=config.uml,
             policy=self.sft,
             judge=policy_judge(policy) if METHODS[self.method].pairs == "rlaif" else None,
-            pairs_dir=out.with_name(out.name.replace("reward", "preferences")),
+            pairs_dir=out.with_name(out.name.replace("reward", "preferences", 1)),
             routes=self.inputs.routes,
             reference=reference_stage(config, self.sft, self.inputs, self.out),
             report=report,
@@ -243,9 +245,14 @@ class Refinement:
             scorer = load_family(before) if step > every else reward
             sampling = dataclasses.replace(self.config.samples, seed=self.config.seed)
             drawn = draw_stage(policy, prompts, sampling, folder / "samples")
-            return self(scorer, policy, drawn, folder / "reward", number=step)
+            return self(scorer, policy, drawn, folder / "reward", number=(0, step))
 
         return refresh
+
+    def last(self, reward: Reward, out: Path) -> Reward:
+        """Return the reward that a policy's run ended with: the last refreshed, or the given."""
+        made = sorted((out / "refreshed").glob("*/reward/summary.json"))
+        return load_family(made[-1].parent) if made else reward
 
 
 def reason_to_stop(
@@ -264,7 +271,9 @@ def reason_to_stop(
         if share < stop.min_accepted:
             return f"{share:.3f} of the prompts gave a pair, fewer than {stop.min_accepted:g}"
     if stop.max_accuracy_loss:
-        before, after = (_mean_accuracy(out / f) for f in ("02_reward", f"05_reward_{name}"))
+        sets = list(config.data.evaluation)
+        folders = (out / "02_reward", out / f"05_reward_{name}")
+        before, after = (_mean_accuracy(folder, sets) for folder in folders)
         if before - after > stop.max_accuracy_loss:
             return (
                 f"accuracy on the evaluation sets fell from {before:.3f} to {after:.3f}, by more "
@@ -280,10 +289,9 @@ def reason_to_stop(
     return ""
 
 
-def _mean_accuracy(folder: Path) -> float:
+def _mean_accuracy(folder: Path, sets: Sequence[str]) -> float:
+    """Return the mean over the evaluation sets, not over what a family holds out itself."""
     summary = finished_summary(folder)
     assert summary is not None
-    found = [v for k, v in summary["metrics"].items() if k.endswith("/accuracy")]
-    if not found:
-        raise DataError("stop.max_accuracy_loss needs data.evaluation to measure accuracy on.")
+    found = [summary["metrics"].get(f"{name}/accuracy", math.nan) for name in sets]
     return float(sum(found) / len(found))

@@ -14,8 +14,8 @@ prompt's samples draw near, and `views="cluster"` takes both views from samples 
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -325,6 +325,13 @@ def _refuse_idle_options(config: MultiViewConfig) -> None:
             "skl_start is where a linear or exponential skl_schedule begins and would do nothing "
             "with skl_schedule='constant': leave it out, or choose another schedule."
         )
+
+
+def for_loss(config: MultiViewConfig, loss: LossName, *, seed: int) -> MultiViewConfig:
+    """Return the options of another loss: what that one does not read goes back to its default."""
+    defaults = {f.name: f.default for f in fields(config)}
+    idle: dict[str, Any] = {name: defaults[name] for name, by in _READ_BY.items() if by != loss}
+    return replace(config, loss=loss, seed=seed, **idle)
 
 
 def _check_steps(schedule_name: str, schedule: str, steps_name: str, steps: int) -> None:

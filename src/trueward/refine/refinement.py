@@ -7,12 +7,17 @@ posterior the reward model has (one head, heads, a deep ensemble, ...), both go 
 """
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
 from trueward.data.formats import (
+    Completion,
     LoadReport,
     PreferenceRow,
     Prompt,
@@ -21,14 +26,17 @@ from trueward.data.formats import (
 from trueward.evaluate.judges import Judge
 from trueward.evaluate.policy_judge import policy_judge
 from trueward.models.policy import Policy
-from trueward.models.reward_function import Reward
+from trueward.models.reward_function import Reward, fits_context, posterior_function
 from trueward.models.reward_model import RewardModel
+from trueward.posterior import RewardPosterior
 from trueward.refine.equivalence import Equivalence
-from trueward.refine.multiview import MultiView, MultiViewConfig
+from trueward.refine.multiview import MultiView, MultiViewConfig, for_loss
 from trueward.refine.spg import SPGConfig, write_synthetic
 from trueward.train.families import AuxiliaryOf, FamilyConfig, Maker, Reference, train_family
 from trueward.train.reward import RewardConfig
 from trueward.train.run_folder import RunFolder, finished_summary
+
+logger = logging.getLogger(__name__)
 
 RefineMethod = Literal[
     "control",
@@ -126,11 +134,12 @@ def refine_reward(
         report: Receives the rows that do not fit.
         evaluation: Called with the trained reward.
     """
+    require_composable(method, family or FamilyConfig())
     pairs, views = METHODS[method]
     rows = list(preferences)
     if pairs:
         folder = Path(pairs_dir) if pairs_dir is not None else Path(output_dir) / "preferences"
-        options = replace(spg or SPGConfig(), rule=pairs)
+        options = spg_for(spg or SPGConfig(), pairs)
         if pairs == "rlaif" and judge is None:
             if policy is None:
                 raise ValueError("RLAIF needs the policy that judges, or a judge.")
@@ -148,7 +157,7 @@ def refine_reward(
         )
     auxiliary = None
     if views:
-        uml = replace(uml or MultiViewConfig(), loss=views, seed=train.seed)
+        uml = for_loss(uml or MultiViewConfig(), views, seed=train.seed)
         alike = None
         if uml.views == "cluster":
             alike = equivalent or (spg or SPGConfig()).build(
@@ -211,11 +220,82 @@ def synthetic_rows(
 def views_of(uml: MultiViewConfig, drawn: Samples, equivalent: Equivalence | None) -> AuxiliaryOf:
     """Return what makes the multi-view loss beside a model; each member of an ensemble has one."""
 
-    def beside(model: RewardModel) -> MultiView:
+    def beside(model: RewardModel, seed: int) -> MultiView:
+        read = [
+            (prompt, [t for t in texts if t.strip() and model.fits(prompt, t)])
+            for prompt, texts in drawn
+        ]
+        lost = sum(len(texts) for _, texts in drawn) - sum(len(texts) for _, texts in read)
+        if lost:
+            logger.warning(
+                "%d samples are blank or longer than the reward's context, and no views.", lost
+            )
         width = model.backbone.config.get_text_config().hidden_size
-        return MultiView(width, drawn, uml, equivalent=equivalent)
+        return MultiView(width, read, replace(uml, seed=seed), equivalent=equivalent)
 
     return beside
+
+
+def spg_for(spg: SPGConfig, rule: Literal["spg", "select_all", "reward", "rlaif"]) -> SPGConfig:
+    """Return the options of another rule: random pairs have no side to draw by its length."""
+    if rule in ("reward", "rlaif"):
+        return replace(spg, rule=rule, rejected="uniform")
+    return replace(spg, rule=rule)
+
+
+def require_own_options(spg: SPGConfig, uml: MultiViewConfig) -> None:
+    """Refuse what the method and its training set themselves: it would be lost in silence.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    if spg.rule != SPGConfig().rule:
+        raise ValueError("spg.rule is what the method says: name the method, and leave it out.")
+    if uml.loss != MultiViewConfig().loss:
+        raise ValueError("uml.loss is what the method says: name the method, and leave it out.")
+    if uml.seed != MultiViewConfig().seed:
+        raise ValueError("uml.seed is the training's seed: set that one, and leave it out.")
+
+
+def require_composable(method: RefineMethod, family: FamilyConfig) -> None:
+    """Refuse views for a reward that cannot have them, before hours of other stages.
+
+    Raises:
+        ValueError: The family has no single last state, or its single head is given.
+    """
+    if not METHODS[method].views:
+        return
+    if family.family == "lora":
+        raise ValueError(
+            f"method={method} learns on one last state, and members of a LoRA ensemble have states "
+            "of their own: choose another family, or a method without views."
+        )
+    if family.stage1:
+        raise ValueError(
+            f"method={method} learns beside the single head's training, and family.stage1 is a "
+            "finished one: leave stage1 out."
+        )
+
+
+def rewards_of(
+    reward: Reward, objective: Callable[[RewardPosterior], Tensor]
+) -> Callable[[Sequence[Prompt], Sequence[Completion]], Tensor]:
+    """Return the objective of a reward for each completion; NaN for one that it cannot read.
+
+    Synthetic preferences leave such a completion out, and count it.
+    """
+    fits, posterior_of = fits_context(reward), posterior_function(reward)
+
+    def rewards(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+        asked = list(zip(prompts, completions, strict=True))
+        read = [i for i, (prompt, completion) in enumerate(asked) if fits(prompt, completion)]
+        found = torch.full((len(asked),), torch.nan)
+        if read:
+            posterior = posterior_of([asked[i][0] for i in read], [asked[i][1] for i in read])
+            found[read] = objective(posterior).float().cpu()
+        return found
+
+    return rewards
 
 
 def warm_start(current: Reward) -> Maker:

@@ -148,7 +148,7 @@ def _table(
     columns = ["reward", "gold of\nits choice", "less the\nfirst reward's"]
     columns += ["less the\ncontrol's"] if control is not None else []
     columns += ["pairs of answers\nordered as gold", "less the\nfirst reward's"]
-    columns += ["pair accuracy", "words", "pairs made\nof 100 prompts"]
+    columns += ["pair accuracy", "words", "pairs made\nof 100 prompts", "their chosen\nlonger, %"]
     cells: list[list[Cell]] = []
     for row in rows:
         same = row is first
@@ -163,6 +163,8 @@ def _table(
         made = row.made.get("accepted")
         share = None if made is None else 100 * made / row.made["prompts"]
         line.append(None if share is None else decimal(share, 0))
+        longer = row.made.get("chosen_longer")
+        line.append(None if longer is None else decimal(100 * longer, 0))
         cells.append(line)
     return Table(
         columns=columns,

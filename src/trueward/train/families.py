@@ -61,8 +61,8 @@ from trueward.train.run_folder import RunFolder, finished_summary, keep_config
 
 Maker = Callable[..., RewardModel]  # RewardModel.from_backbone, its backbone given
 Reference = tuple[Sequence[Prompt], Sequence[Completion]]
-# Makes what is trained beside a model on pairs and thrown away after, as `refine.MultiView` is.
-AuxiliaryOf = Callable[[RewardModel], nn.Module]
+# (model, seed) -> what is trained beside it on pairs and thrown away, as `refine.MultiView` is.
+AuxiliaryOf = Callable[[RewardModel, int], nn.Module]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +208,9 @@ class Job:
             "evaluation": self.evaluation,
         }
 
-    def beside(self, model: RewardModel) -> nn.Module | None:
+    def beside(self, model: RewardModel, seed: int) -> nn.Module | None:
         """Return what is trained beside a model on pairs; nothing by default."""
-        return self.auxiliary(model) if self.auxiliary is not None else None
+        return self.auxiliary(model, seed) if self.auxiliary is not None else None
 
     def finish(self, metrics: dict[str, float]) -> None:
         """Write the summary of a family whose parts were trained in folders of their own."""
@@ -260,8 +260,13 @@ def train_family(
         A reward model, or a list of them for `deep`.
 
     Raises:
-        ValueError: An auxiliary for a LoRA ensemble, which has its own and one state a member.
+        ValueError: An auxiliary for a LoRA ensemble, which has its own and one state a member, or
+            for a single head that is finished already.
     """
+    if auxiliary is not None and config.stage1:
+        raise ValueError(
+            "What is trained beside a single head needs that head's training: leave stage1 out."
+        )
     if auxiliary is not None and config.family == "lora":
         raise ValueError(
             "Members of a LoRA ensemble have last states of their own, so no multi-view loss can "
@@ -307,12 +312,14 @@ def seconds_of(output_dir: str | Path) -> float:
 
 def _single(job: Job) -> None:
     model = job.make(seed=job.train.seed)
-    train_reward(model, job.preferences, job.train, auxiliary=job.beside(model), **job.common)
+    auxiliary = job.beside(model, job.train.seed)
+    train_reward(model, job.preferences, job.train, auxiliary=auxiliary, **job.common)
 
 
 def _heads(job: Job) -> None:
     model = job.make(seed=job.train.seed, members=job.config.members)
-    train_reward(model, job.preferences, job.train, auxiliary=job.beside(model), **job.common)
+    auxiliary = job.beside(model, job.train.seed)
+    train_reward(model, job.preferences, job.train, auxiliary=auxiliary, **job.common)
 
 
 def _lora(job: Job) -> None:
@@ -371,7 +378,7 @@ def _warm(job: Job) -> None:
                 output_dir=folder,
                 reference=job.reference,
                 report=job.report if k == 0 else None,
-                auxiliary=job.beside(member),
+                auxiliary=job.beside(member, own.seed),
                 evaluation=lambda model: {"selection/accuracy": _accuracy(model, selection)},
             )
     accuracies = [_numbers(folder)["selection/accuracy"] for folder in folders]
@@ -483,7 +490,7 @@ def _train_one(job: Job, folder: Path, *, seed: int, report: LoadReport | None) 
             output_dir=folder,
             reference=job.reference,
             report=report,
-            auxiliary=job.beside(model),
+            auxiliary=job.beside(model, seed),
         )
 
 
