@@ -224,6 +224,19 @@ MISTAKES: list[tuple[str, str, str]] = [
         "No language model could be read",
     ),
     (
+        "a method's own option given beside it",
+        "refine --method uml --uml.loss mvi --reward_model {f}/scalar --preferences "
+        "{f}/preferences.jsonl --samples {f}/samples.jsonl --backbone {f}/policy "
+        "--output_dir {f}/o",
+        "uml.loss is what the method says",
+    ),
+    (
+        "rlaif without the policy that judges",
+        "refine --method rlaif --reward_model {f}/scalar --preferences {f}/preferences.jsonl "
+        "--samples {f}/samples.jsonl --backbone {f}/policy --output_dir {f}/o",
+        "asks the policy which sample is better: give --policy",
+    ),
+    (
         "messages for a tokenizer without a chat template",
         "sample --policy {f}/chatless --prompts {f}/chat.jsonl --output {f}/s.jsonl",
         "has no chat template",

@@ -400,3 +400,33 @@ def test_reliability_is_none_without_pairs_and_names_the_seed_that_does_not_fit(
         ValueError, match="as many outcomes as probabilities in seed 7, got 1 and 2"
     ):
         pooled_reliability(wrong)
+
+
+def test_what_a_reward_tells_of_whose_answers_is_a_mean_over_seeds_paired_with_the_baseline() -> (
+    None
+):
+    def told(*shares: float, name: str, own: list[float]) -> MethodRuns:
+        made = method(*([[0.0, 1.0]] * len(shares)), name=name)
+        runs = [
+            dataclasses.replace(
+                run,
+                agreements={"moved": share},
+                points=points([0.0, 1.0], agreement=[0.5, value], win_rate=[0.5, 0.6]),
+            )
+            for run, share, value in zip(made.runs, shares, own, strict=True)
+        ]
+        return dataclasses.replace(made, runs=runs)
+
+    one = told(0.6, 0.8, name="one", own=[0.7, 0.9])
+    other = told(0.5, 0.6, name="other", own=[0.9, 0.9])
+    found = summarise(one, other)
+    assert found.agreements["moved"].mean == pytest.approx(0.7)
+    assert found.agreements["own"].mean == pytest.approx(0.8)  # of the last point
+    assert found.win_rate_end.mean == pytest.approx(0.6)
+    less = found.agreements_less_baseline["moved"]
+    assert less.mean == pytest.approx(0.15)  # of 0.1 and 0.2
+    assert less.half_width == pytest.approx(12.7062 * 0.05, rel=1e-4)
+    assert summarise(one).agreements_less_baseline == {}
+    assert summarise(method([0.0, 1.0])).agreements == {}
+    bare = dataclasses.replace(one, runs=[dataclasses.replace(one.runs[0], points=points([1.0]))])
+    assert set(summarise(bare).agreements) == {"moved"}  # best-of-n has no policy of its own

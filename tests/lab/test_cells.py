@@ -14,6 +14,7 @@ from trueward.lab.cells import (
     optimise_cell,
     read_evaluation,
     read_result,
+    wins,
 )
 from trueward.lab.grammar import GrammarWorld
 from trueward.lab.language import (
@@ -84,6 +85,13 @@ def test_best_of_n_points_by_hand():
     assert picks[3] == [0, 3]
 
 
+def test_wins_are_over_all_pairs_of_answers_to_a_prompt_ties_at_half():
+    gold, reference = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[2.0, 3.0], [0.0, 1.0]])
+    # first prompt: 1 loses twice, 3 wins once and ties once; second: two ties and two losses
+    assert wins(gold, reference) == pytest.approx((0 + 0 + 1 + 0.5 + 0.5 + 0.5) / 8)
+    assert wins(gold, gold) == 0.5
+
+
 def test_the_proxy_is_counted_from_the_reference():
     assert centred([{"proxy": 2.0, "gold": 1.0}, {"proxy": 5.0, "gold": 0.0}]) == [
         {"proxy": 0.0, "gold": 1.0},
@@ -109,6 +117,8 @@ def test_a_cell_measures_a_policy_from_the_reference_on(lab: Lab, tmp_path: Path
     assert all(0 < p < 1 for p in run.probabilities)
     last = read_evaluation(tmp_path, 4)
     assert last["gold"] == list(run.final_gold)
+    assert 0 <= end["win_rate"] <= 1
+    assert run.agreements == {}  # nothing is refined here
     assert [len(last[key]) for key in ("prompts", "answers", "proxy")] == [3, 3, 3]
 
 

@@ -9,7 +9,11 @@ from transformers import BertConfig, BertModel
 
 from trueward.data.formats import DataError, PreferenceRow
 from trueward.models.reward_model import RewardModel
-from trueward.models.sentence_backbone import SentenceBackbone, sentence_backbone
+from trueward.models.sentence_backbone import (
+    SentenceBackbone,
+    sentence_backbone,
+    sentence_embedding,
+)
 from trueward.testing import tiny_preferences, tiny_texts
 from trueward.testing import tiny_tokenizer as make_tokenizer
 from trueward.train.reward import RewardConfig, train_reward
@@ -125,3 +129,17 @@ def test_a_saved_model_is_read_again_with_its_encoder(encoder: Path, tmp_path: P
 def test_an_encoder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No sentence encoder could be read from"):
         sentence_backbone(tmp_path)
+
+
+def test_texts_are_embedded_alone_and_kept_with_the_others(encoder: Path) -> None:
+    backbone, tokenizer = sentence_backbone(encoder, layers=0)
+    embed = sentence_embedding(backbone, tokenizer, max_length=16)
+    texts = [*ANSWERS, ANSWERS[0]]
+    found = embed(texts)
+    bert = BertModel.from_pretrained(encoder, add_pooling_layer=False).eval()
+    for text, vector in zip(texts, found, strict=True):
+        ids = tokenizer(text, truncation=True, max_length=16).input_ids
+        with torch.no_grad():
+            wanted = bert(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(vector, wanted, atol=1e-5, rtol=1e-5)
+    assert len(backbone.embeddings) == len(set(ANSWERS))

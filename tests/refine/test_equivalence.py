@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -31,6 +32,7 @@ from trueward.refine.equivalence import (
     nli_equivalent,
     nli_label_order,
     normalise_text,
+    related_threshold,
     sentence_transformer,
 )
 from trueward.testing import tiny_config
@@ -685,3 +687,22 @@ def test_a_prompt_without_a_route_needs_a_default() -> None:
     routed = RoutedEquivalence({"de": exact_match}, routes_of={}, default=None)
     with pytest.raises(ValueError, match="The prompt 'why' has no route"):
         routed(["why"], ["a"], ["b"])
+
+
+def test_related_texts_are_told_by_how_alike_completions_of_one_prompt_are() -> None:
+    angles = {"a": 0.0, "b": 10.0, "c": 30.0, "d": 0.0, "e": 60.0, "f": 1.0}
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        degrees = torch.tensor([angles[text] for text in texts]) * math.pi / 180
+        return torch.stack([degrees.cos(), degrees.sin()], dim=1)
+
+    # Pairs within prompts lie 10, 20, 30 and 60 degrees apart; "f" is alone and says nothing.
+    completions = [["a", "b", "c", "a"], ["d", "e"], ["f", "f"]]
+    by_level = {0.01: 60.0, 0.4: 30.0, 0.7: 20.0, 0.99: 20.0}
+    for level, degrees in by_level.items():
+        threshold = related_threshold(embed, completions, level=level)
+        assert threshold == pytest.approx(math.cos(degrees * math.pi / 180), abs=1e-6)
+    with pytest.raises(ValueError, match="two different completions of one prompt"):
+        related_threshold(embed, [["a"], ["b", "b"]])
+    with pytest.raises(ValueError, match=r"level is a share of pairs in \(0, 1\), got 1"):
+        related_threshold(embed, completions, level=1.0)

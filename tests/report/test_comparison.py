@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import re
@@ -354,3 +355,20 @@ def test_a_kl_that_explodes_does_not_flatten_the_others(
     assert [line.is_dashed() for line in axes.lines] == [False, False, True]  # the exact one on top
     assert axes.lines[-1].get_ydata().tolist() == [0.0, 1.0, 4.0, 9.0]
     assert not math.isnan(axes.get_ylim()[0])
+
+
+def test_refined_rewards_have_a_table_of_whose_answers_they_tell_apart(tmp_path: Path):
+    def told(name: str, share: float) -> MethodRuns:
+        made = method(name)
+        runs = [
+            dataclasses.replace(run, agreements={"reference": share, "moved": share - 0.1})
+            for run in made.runs
+        ]
+        return dataclasses.replace(made, runs=runs)
+
+    page = report(tmp_path, [told("first", 0.8), told("second", 0.85)], baseline="first")
+    assert "Whose answers a reward can tell apart" in page
+    assert "on answers of<br>the moved policy" in page or "the moved policy" in page
+    assert "85.0" in page
+    assert "5.0" in page  # the second less the first
+    assert "Whose answers" not in report(tmp_path / "o", [method("first")], baseline="first")

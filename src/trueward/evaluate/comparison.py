@@ -519,7 +519,8 @@ def _agreements(method: MethodRuns) -> dict[str, dict[int, float]]:
     for run in method.runs:
         if not run.agreements:
             continue
-        for name, value in (run.agreements | {OWN: run.points[-1]["agreement"]}).items():
+        own = run.points[-1].get("agreement")  # best-of-n has no policy of its own
+        for name, value in (run.agreements | ({} if own is None else {OWN: own})).items():
             found.setdefault(name, {})[run.seed] = value
     return found
 
