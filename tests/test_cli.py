@@ -73,6 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     french = [{"prompt": row["prompt"], "completion": f"le chat {i}"} for i, row in enumerate(rows)]
     write(root / "french.jsonl", french[:20])
     write(root / "away.jsonl", [{"prompt": "elsewhere", "completions": ["who", "goes", "there"]}])
+    write(root / "samples.jsonl", [{"prompt": "p", "completions": ["cat", "dog"], "lang": "en"}])
     write(root / "prompts.jsonl", [{"prompt": p} for p in tiny_texts(4)])
     write(root / "demonstrations.jsonl", [{"prompt": "p", "completion": "cat dog"}] * 2)
     write(
@@ -231,10 +232,30 @@ MISTAKES: list[tuple[str, str, str]] = [
         "uml.loss is what the method says",
     ),
     (
+        "routes that no sample takes",
+        "refine --method spg --spg.routes de exact --reward_model {f}/scalar --preferences "
+        "{f}/preferences.jsonl --samples {f}/samples.jsonl --backbone {f}/policy "
+        "--output_dir {f}/o",
+        "spg.routes go by 'lang', and no row",
+    ),
+    (
+        "a reward to be refreshed by a command that cannot",
+        "policy --policy {f}/policy --reward {f}/scalar --prompts {f}/prompts.jsonl "
+        "--train.refresh_every 5 --output_dir {f}/o",
+        "or run `trueward rlp` with policy.refresh_every",
+    ),
+    (
+        "a warm start of another family",
+        "refine --method spg --warm_start True --family.family heads --reward_model {f}/scalar "
+        "--preferences {f}/preferences.jsonl --samples {f}/samples.jsonl --backbone {f}/policy "
+        "--output_dir {f}/o",
+        "whose family and adapters it keeps",
+    ),
+    (
         "rlaif without the policy that judges",
         "refine --method rlaif --reward_model {f}/scalar --preferences {f}/preferences.jsonl "
         "--samples {f}/samples.jsonl --backbone {f}/policy --output_dir {f}/o",
-        "asks the policy which sample is better: give --policy",
+        "method=rlaif needs it, and no other method reads it",
     ),
     (
         "messages for a tokenizer without a chat template",
@@ -449,6 +470,17 @@ def test_the_commands_run_one_after_another(folder: Path, capsys: pytest.Capture
         "refine --method spg --spg.gamma 0 --reward_model {f}/way/reward/model --preferences "
         "{f}/preferences.jsonl --samples {f}/way/samples.jsonl --backbone {f}/way/sft/model "
         f"--output_dir {{f}}/way/spg {small}",
+        "refine --method spg --spg.gamma 0 --pairs_only True --reward_model {f}/way/reward/model "
+        "--preferences {f}/preferences.jsonl --samples {f}/way/samples.jsonl --backbone "
+        "{f}/way/sft/model --output_dir {f}/way/pairs",
+        "audit --preferences {f}/way/pairs/preferences/preferences.jsonl "
+        "--output_dir {f}/way/audit",
+        "refine --method spg --synthetic {f}/way/audit/kept.jsonl --warm_start True --reward_model "
+        "{f}/way/reward/model --preferences {f}/preferences.jsonl --samples {f}/way/samples.jsonl "
+        f"--backbone {{f}}/way/sft/model --output_dir {{f}}/way/warm {small}",
+        "refine --method reward --family.family heads --family.members 2 --reward_model "
+        "{f}/way/reward/model --preferences {f}/preferences.jsonl --samples {f}/way/samples.jsonl "
+        f"--backbone {{f}}/way/sft/model --output_dir {{f}}/way/heads {small}",
         "evaluate --reward_model {f}/way/reward/model --preferences made {f}/preferences.jsonl "
         "--output {f}/way/evaluation.json",
         "evaluate --completions {f}/way/samples.jsonl --reference_completions "
@@ -469,6 +501,20 @@ def test_the_commands_run_one_after_another(folder: Path, capsys: pytest.Capture
     best = list(json.loads((way / "best.json").read_text())["best_of_n"].values())
     assert best == pytest.approx([3.0, 7 / 3])  # of two: 3 in two of three pairs, 1 in the other
     assert "<html" in (way / "policy" / "report.html").read_text()
+    assert not (way / "pairs" / "model").exists()  # pairs alone
+    made = (way / "pairs" / "preferences" / "preferences.jsonl").read_text()
+    assert (way / "spg" / "preferences" / "preferences.jsonl").read_text() == made
+    pairs = [
+        json.loads((way / name / "summary.json").read_text())["metrics"]["pairs"]
+        for name in ("uml", "spg", "warm", "heads")
+    ]
+    kept = len((way / "audit" / "kept.jsonl").read_text().splitlines())
+    assert kept > 0
+    assert pairs[1] == pairs[0] + len(made.splitlines())
+    assert pairs[2] == pairs[0] + kept
+    assert pairs[3] >= pairs[0]
+    for name, heads in (("warm", 2), ("heads", 2), ("uml", 1)):
+        assert RewardModel.from_pretrained(way / name / "model").members == heads
     capsys.readouterr()
     assert run(steps[0], folder) == 0  # a finished run is never done again
     assert "is finished" in capsys.readouterr().err

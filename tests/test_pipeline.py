@@ -257,6 +257,8 @@ def test_what_is_reported_after_refreshes_is_the_last_reward(rounds: Path):
         ({"spg": SPGConfig(rule="reward")}, "spg.rule is what the method says"),
         ({"uml": MultiViewConfig(loss="mvi")}, "uml.loss is what the method says"),
         ({"refresh_prompts": 4}, "refresh_prompts is for policy.refresh_every"),
+        ({"samples": SamplingConfig(n=1)}, "samples.n must be at least 2"),
+        ({"reward": RewardConfig(seed=7)}, "reward.seed is the run's: set seed"),
         ({"methods": ["uml"], "stop": StopConfig(min_accepted=0.1)}, "none of the methods makes"),
         ({"warm_start": True, "family": FamilyConfig(family="deep")}, "warm_start trains one"),
     ],
@@ -315,7 +317,7 @@ def test_a_run_killed_around_a_refresh_ends_with_the_numbers_of_an_unbroken_one(
     ("stop", "reason"),
     [
         (StopConfig(min_accepted=0.5), "0.100 of the prompts gave a pair, fewer than 0.5"),
-        (StopConfig(max_agreement=0.001), "of the sampled pairs as the last reward did"),
+        (StopConfig(max_agreement=0.01), "of the sampled pairs as the last reward did"),
     ],
 )
 def test_rounds_stop_by_their_rules(
@@ -334,6 +336,30 @@ def test_rounds_stop_by_their_rules(
     assert metrics["stopped"]["spg_uml"].startswith("round 1: ")
     assert reason in metrics["stopped"]["spg_uml"]
     assert set(metrics["policies"]) == {"SFT", "PPO"}
+
+
+def test_agreement_is_that_of_two_rewards_on_the_samples(files: Path, tmp_path: Path):
+    # Two of three pairs have the same order; one completion is beyond what a reward can read.
+    drawn = [("p", ["a", "bb", "ccc"]), ("q", ["a", "bb", "ccc"])]
+    ranks = {"a": 0.0, "bb": 2.0, "ccc": 1.0}
+
+    def reason(limit: float) -> str:
+        stop = StopConfig(max_agreement=limit)
+        config = dataclasses.replace(
+            config_for(files, tmp_path), stop=stop, objective=ObjectiveConfig()
+        )
+
+        def lengths(prompts: list, completions: list) -> list[float]:
+            return [float(len(c)) for c in completions]
+
+        def other(prompts: list, completions: list) -> list[float | None]:
+            pairs = zip(prompts, completions, strict=True)
+            return [None if (p, c) == ("q", "a") else ranks[c] for p, c in pairs]
+
+        return stages.reason_to_stop(config, lengths, other, drawn, tmp_path, "spg_1")
+
+    assert reason(0.6) == "it orders 0.667 of the sampled pairs as the last reward did"
+    assert reason(0.7) == ""
 
 
 def test_accuracy_that_falls_stops_the_rounds(files: Path, tmp_path: Path):

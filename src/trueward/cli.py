@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """Return what `trueward --help` prints."""
-    lines = [f"  {name:<10} {does}" for name, does in COMMANDS.items()]
+    lines = [f"  {name:<11} {does}" for name, does in COMMANDS.items()]
     return (
         "usage: trueward COMMAND [--config FILE.yaml] [--any.field value ...]\n\n"
         "Reward learning that survives optimisation.\n\ncommands:\n"

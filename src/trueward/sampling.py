@@ -3,10 +3,11 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -153,6 +154,7 @@ def sample_to_file(
     *,
     shard_size: int = 64,
     progress: bool | None = False,
+    extras: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, int | float]:
     """Draw completions into a JSONL file, a row for each prompt, and return their statistics.
 
@@ -160,13 +162,16 @@ def sample_to_file(
     log-probability). Prompts are worked off in shards kept beside the file until all are there, so
     a killed run goes on at its first missing shard and ends with the same file. Shards of other
     prompts, settings or weights are dropped.
+
+    `extras` are further columns of each prompt's row, as its source has them (`lang`, say); a name
+    that the row has already is left out.
     """
     path = Path(path)
     shards = path.with_suffix(".shards")
     if config.engine == "vllm":
         shard_size = max(1, len(prompts))  # an engine is started for each shard
     weights = [p.double().sum().item() for p in policy.parameters()]
-    made_of = (config, shard_size, list(prompts), weights)
+    made_of = (config, shard_size, list(prompts), weights, *([list(extras)] if extras else []))
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()
     if shards.exists() and not (shards / key).exists():
         shutil.rmtree(shards)
@@ -181,8 +186,9 @@ def sample_to_file(
             continue
         some = prompts[start : start + shard_size]
         drawn = sample(policy, some, config, indices=range(start, start + len(some)))
-        write_jsonl(files[-1], [_row(prompts[i], list(g)) for i, g in
-                                groupby(drawn, key=lambda s: s.prompt_index)])  # fmt: skip
+        groups = groupby(drawn, key=lambda s: s.prompt_index)
+        own = [(i, _row(prompts[i], list(group))) for i, group in groups]
+        write_jsonl(files[-1], [{**(extras[i] if extras else {}), **row} for i, row in own])
     rows = [row for file in files for _, row in read_jsonl(file)]
     write_jsonl(path, rows)
     shutil.rmtree(shards)

@@ -364,7 +364,6 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(name: str) -> None:
             {"loss": "contrastive", "skl_schedule": "linear", "skl_steps": 5},
             "skl_schedule is read with loss='uml'",
         ),
-        ({"temperature": 0.2}, "temperature is read with loss='contrastive'"),
         ({"loss": "mvi", "temperature": 0.2}, "temperature is read with loss='contrastive'"),
         ({"skl_start": 0.5}, "skl_start is where a linear or exponential skl_schedule begins"),
         ({"skl_steps": 5}, "skl_steps=5 would do nothing with skl_schedule='constant'"),

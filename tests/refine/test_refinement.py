@@ -116,6 +116,7 @@ def test_rlaif_asks_the_judge_it_is_given(tmp_path: Path):
     shortest = function_judge(lambda prompt, one, two: float(len(one) < len(two)))
     refine("rlaif", tmp_path, judge=shortest)
     lines = (tmp_path / "preferences" / "preferences.jsonl").read_text().splitlines()
+    assert len(lines) == 6
     for row in map(json.loads, lines):
         assert len(row["chosen"]) <= len(row["rejected"])
     with pytest.raises(ValueError, match="RLAIF needs the policy that judges, or a judge"):
@@ -161,12 +162,53 @@ def test_a_completion_that_the_reward_cannot_read_is_left_out_and_counted():
 
 def test_options_of_one_method_do_not_stop_another(tmp_path: Path):
     # One configuration serves a table of ablations: what a loss or rule does not read is left out.
-    tuned = MultiViewConfig(latent=4, width=8, prompts_per_batch=2, skl_coef=0.5)
-    refine("mvi", tmp_path / "mvi", uml=tuned)
+    tuned = MultiViewConfig(latent=4, width=8, prompts_per_batch=2, skl_coef=0.5, temperature=0.2)
+    assert same(refine("mvi", tmp_path / "mvi", uml=tuned), refine("mvi", tmp_path / "as-is"))
     matched = SPGConfig(rejected="length_matched", progress=False)
-    refine("reward", tmp_path / "reward", spg=matched)
-    with pytest.raises(ValueError, match=r"uml\.seed is the training's seed"):
-        require_own_options(SPGConfig(), MultiViewConfig(seed=1))
+    drawn = refine("reward", tmp_path / "reward", spg=matched)
+    assert same(drawn, refine("reward", tmp_path / "uniform"))
+
+
+@pytest.mark.parametrize(
+    ("spg", "uml", "methods", "said"),
+    [
+        (SPGConfig(), MultiViewConfig(seed=1), ["uml"], r"uml\.seed is the training's seed"),
+        (
+            SPGConfig(),
+            MultiViewConfig(temperature=0.2),
+            ["uml"],
+            r"uml\.temperature would do nothing",
+        ),
+        (SPGConfig(), MultiViewConfig(latent=8), ["spg"], r"A uml\. option would do nothing"),
+        (SPGConfig(gamma=0.9), MultiViewConfig(), ["select_all"], r"spg\.gamma would do nothing"),
+        (
+            SPGConfig(rejected="length_matched"),
+            MultiViewConfig(),
+            ["reward", "uml"],
+            r"spg\.rejected would do nothing with the methods reward, uml",
+        ),
+    ],
+)
+def test_options_that_no_method_reads_are_refused(
+    spg: SPGConfig, uml: MultiViewConfig, methods: list[RefineMethod], said: str
+):
+    with pytest.raises(ValueError, match=said):
+        require_own_options(spg, uml, methods)
+
+
+def test_options_that_one_of_the_methods_reads_are_taken():
+    uml = MultiViewConfig(temperature=0.2, skl_coef=0.5)
+    require_own_options(SPGConfig(gamma=0.9), uml, ["spg", "uml", "contrastive"])
+
+
+def test_preferences_that_were_gated_are_trained_on_instead_of_new_ones(tmp_path: Path):
+    kept = [PreferenceRow(*texts) for texts in tiny_preferences(3, seed=9)]
+    gated = refine("spg", tmp_path / "gated", synthetic=kept)
+    assert not (tmp_path / "gated" / "preferences").exists()
+    by_hand = train_family(
+        make, [*ROWS, *kept], FamilyConfig(), TRAIN, output_dir=tmp_path / "by_hand"
+    )
+    assert same(gated, by_hand)
 
 
 def test_a_warm_start_trains_the_current_model_on_and_leaves_it_alone(tmp_path: Path):

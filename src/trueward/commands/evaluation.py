@@ -616,9 +616,6 @@ def _kl(config: EvaluateCommand) -> dict[str, float]:
     return policy_kl(policy, ref, samples) | {"completions": float(len(samples))}
 
 
-# ---- averages -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReportCommand:
     """Write the HTML report of a run's folder."""

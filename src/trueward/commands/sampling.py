@@ -38,6 +38,7 @@ def sample(config: SampleCommand) -> None:
         config.sampling,
         config.output,
         progress=None,
+        extras=[row.extra for row in rows],
     )
     console.print(f"{config.output}: {numbers_text(numbers)}", highlight=False)
 

@@ -16,7 +16,10 @@ from trueward.commands.shared import (
 )
 from trueward.data.formats import (
     Completion,
+    DataError,
+    PreferenceRow,
     Prompt,
+    PromptRow,
     load_demonstrations,
     load_preferences,
     load_prompts,
@@ -40,13 +43,15 @@ from trueward.refine.refinement import (
     require_composable,
     require_own_options,
     rewards_of,
+    spg_for,
+    synthetic_rows,
     warm_start,
     with_facts,
 )
-from trueward.refine.spg import SPGConfig
+from trueward.refine.spg import SPGConfig, prompt_routes
 from trueward.report.run import report_run
 from trueward.sampling import fitting_prompts, read_samples
-from trueward.train.families import FamilyConfig, train_family
+from trueward.train.families import FamilyConfig, Maker, train_family
 from trueward.train.loop import seed_of
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig
@@ -116,15 +121,12 @@ def reward(config: RewardCommand) -> None:
     if config.selection:
         selection = load_preferences(config.selection, **config.data.arguments()).rows
 
-    def make(**options: Any) -> RewardModel:
-        own: dict[str, Any] = {"max_length": config.train.max_length, **options}
-        model = RewardModel.from_backbone(config.backbone, **{"lora_rank": config.lora_rank} | own)
-        model.facts = {"training data": Path(config.preferences).name, "base": config.backbone}
-        return model
-
     start(config, "reward")
     train_family(
-        make,
+        with_facts(
+            _maker(config, config.lora_rank),
+            {"training data": Path(config.preferences).name, "base": config.backbone},
+        ),
         rows,
         config,
         config.train,
@@ -135,6 +137,16 @@ def reward(config: RewardCommand) -> None:
         evaluation=lambda reward: evaluate_on(reward, sets),
     )
     tell(config.output_dir, loaded)
+
+
+def _maker(config: "RewardCommand | RefineCommand", lora_rank: int) -> Maker:
+    """Return what makes untrained reward models on the command's backbone."""
+
+    def make(**options: Any) -> RewardModel:
+        own: dict[str, Any] = {"max_length": config.train.max_length, "lora_rank": lora_rank}
+        return RewardModel.from_backbone(config.backbone, **(own | options))
+
+    return make
 
 
 def _reference(source: str) -> tuple[list[Prompt], list[Completion]] | None:
@@ -156,6 +168,13 @@ class PolicyCommand:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataOptions = field(default_factory=DataOptions)
     train: PolicyConfig = field(default_factory=PolicyConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.refresh_every:
+            raise ValueError(
+                "A reward is refreshed from preferences and samples, which this command has not: "
+                "leave train.refresh_every out, or run `trueward rlp` with policy.refresh_every."
+            )
 
 
 def policy(config: PolicyCommand) -> None:
@@ -180,19 +199,24 @@ def policy(config: PolicyCommand) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RefineCommand:
-    """Retrain a reward on what the policy writes."""
+    """Train a reward again on what the policy writes."""
 
     # spg, and its ablations reward, select_all, rlaif: synthetic preferences. uml, and its
     # ablations infomax, mvi, contrastive: a loss beside the training. spg_uml: both. control:
     # neither, the same training with nothing new.
     method: RefineMethod
-    reward_model: str  # the current one (or a folder of several): it ranks SPG's samples
+    reward_model: list[str]  # the current one; several make an ensemble. It ranks SPG's samples
     preferences: str  # D: file, folder, or hub name
     samples: str  # from `trueward sample`, n completions for each prompt
     backbone: str  # the SFT model: the new reward starts from it
     output_dir: str
-    warm_start: bool = False  # start from the current reward model instead
+    pairs_only: bool = False  # make the synthetic preferences, for `trueward audit`, and stop
+    synthetic: str = ""  # train on these instead, as `trueward audit` kept them
+    warm_start: bool = False  # start from the current reward model instead, with its family
+    lora_rank: int = 0  # 0 = train all weights
     policy: str = ""  # rlaif: who judges the samples, the policy that wrote them
+    selection: str = ""  # more preferences, on which family=warm selects its members
+    reference: str = ""  # JSONL with prompt and completion(s): what members' scales are measured on
     held_out: float = 0.05  # share of D's prompts kept for the evaluation
     evaluation: dict[str, str] = field(default_factory=dict)  # name -> more preferences
     data: DataOptions = field(default_factory=DataOptions)
@@ -204,10 +228,28 @@ class RefineCommand:
 
     def __post_init__(self) -> None:
         self.family.require_own_options()
-        require_own_options(self.spg, self.uml)
+        require_own_options(self.spg, self.uml, [self.method])
         require_composable(self.method, self.family)
-        if METHODS[self.method].pairs == "rlaif" and not self.policy:
-            raise ValueError("method=rlaif asks the policy which sample is better: give --policy.")
+        pairs = METHODS[self.method].pairs
+        if (pairs == "rlaif") != bool(self.policy):
+            raise ValueError(
+                "--policy is who judges the samples: method=rlaif needs it, and no other method "
+                f"reads it; got method={self.method} and policy={self.policy!r}."
+            )
+        if not pairs and (self.pairs_only or self.synthetic):
+            raise ValueError(
+                f"method={self.method} makes no synthetic preferences: leave pairs_only and "
+                "synthetic out."
+            )
+        if self.pairs_only and self.synthetic:
+            raise ValueError("pairs_only makes the preferences that synthetic reads: give one.")
+        if self.warm_start and (self.family != FamilyConfig() or self.lora_rank):
+            raise ValueError(
+                "warm_start trains the current model on, whose family and adapters it keeps: leave "
+                "family and lora_rank out."
+            )
+        if self.selection and self.family.family != "warm":
+            raise ValueError(f"selection is for family=warm, got family={self.family.family}.")
 
 
 def refine(config: RefineCommand) -> None:
@@ -220,56 +262,113 @@ def refine(config: RefineCommand) -> None:
     sets = {"test": held_out} if held_out else {}  # trainers have a held_out of their own
     for name, source in config.evaluation.items():
         sets[name] = load_preferences(source, **config.data.arguments()).rows
-    models = load_reward_models(config.reward_model)
+    models = load_reward_models(*config.reward_model)
     current: Reward = models[0] if len(models) == 1 else models
-    drawn = read_samples(config.samples)
-    ingredients = METHODS[config.method]
+    make = warm_start(current) if config.warm_start else _maker(config, config.lora_rank)
+    drawn = _samples_apart(config.samples, sets)
+    routes = _routes(config)
     names = {config.spg.equivalence, *config.spg.routes.values()}
-    embeds = "policy_states" in names and (
-        ingredients.pairs in ("spg", "select_all") or config.uml.views == "cluster"
-    )
-
-    def make(**options: Any) -> RewardModel:
-        own: dict[str, Any] = {"max_length": config.train.max_length, **options}
-        return RewardModel.from_backbone(config.backbone, **own)
-
+    clusters = METHODS[config.method].pairs in ("spg", "select_all") and not config.synthetic
+    embeds = "policy_states" in names and (clusters or config.uml.views == "cluster")
+    policy = Policy.from_pretrained(config.backbone) if embeds else None
+    judge = policy_judge(Policy.from_pretrained(config.policy)) if config.policy else None
+    synthetic = None
+    if config.synthetic:
+        synthetic = load_preferences(config.synthetic, **config.data.arguments()).rows
     start(config, "refine")
+    rewards = rewards_of(current, config.objective.build())
+    if config.pairs_only:
+        synthetic_rows(
+            spg_for(config.spg, METHODS[config.method].pairs),
+            rewards,
+            drawn,
+            out / "preferences",
+            policy=policy,
+            judge=judge,
+            equivalent=None,
+            seed=_refined_seed(config),
+            routes=routes,
+        )
+        _tell_pairs(out)
+        return
+    selection = []
+    if config.selection:
+        selection = load_preferences(config.selection, **config.data.arguments()).rows
     refine_reward(
         config.method,
         with_facts(
-            warm_start(current) if config.warm_start else make,
-            {"training data": Path(config.preferences).name, "refined by": config.method},
+            make, {"training data": Path(config.preferences).name, "refined by": config.method}
         ),
         rows,
         drawn,
-        rewards=rewards_of(current, config.objective.build()),
-        # Another seed than the first reward's, which is trained with the same options, and the same
-        # for all methods: they differ by method alone.
-        train=replace(config.train, seed=seed_of(config.train.seed, "refined") % 2**31),
+        rewards=rewards,
+        train=replace(config.train, seed=_refined_seed(config)),
         output_dir=out,
         family=config.family,
         spg=config.spg,
         uml=config.uml,
-        policy=Policy.from_pretrained(config.backbone) if embeds else None,
-        judge=policy_judge(Policy.from_pretrained(config.policy)) if config.policy else None,
-        routes=_routes(config),
+        policy=policy,
+        judge=judge,
+        synthetic=synthetic,
+        routes=routes,
+        reference=_reference(config.reference),
         report=loaded.report,
+        selection=selection,
         evaluation=lambda reward: evaluate_on(reward, sets),
     )
-    made = finished_summary(out / "preferences")
-    if made is not None:
-        console.print(numbers_text(made["metrics"]), highlight=False)
+    if synthetic is None:
+        _tell_pairs(out)
     tell(config.output_dir, loaded)
 
 
+def _refined_seed(config: RefineCommand) -> int:
+    """Return another seed than the first reward's, which is trained with the same options.
+
+    It is the same for all methods: they differ by method alone.
+    """
+    return seed_of(config.train.seed, "refined") % 2**31
+
+
+def _tell_pairs(out: Path) -> None:
+    made = finished_summary(out / "preferences")
+    if made is not None:
+        console.print(numbers_text(made["metrics"]), highlight=False)
+
+
+def _samples_apart(
+    source: str, sets: dict[str, list[PreferenceRow]]
+) -> list[tuple[Prompt, list[str]]]:
+    """Return the samples of prompts that nothing is reported on; the others are told."""
+    reserved = {prompt_key(row.prompt) for rows in sets.values() for row in rows}
+    drawn = read_samples(source)
+    kept = [(prompt, texts) for prompt, texts in drawn if prompt_key(prompt) not in reserved]
+    if len(kept) < len(drawn):
+        console.print(
+            f"{source}: {len(drawn) - len(kept)} of {len(drawn)} prompts are in an evaluation set "
+            "and left out.",
+            highlight=False,
+        )
+    return kept
+
+
 def _routes(config: RefineCommand) -> dict[str, str]:
-    """Return the value by which each prompt of the samples chooses its equivalence."""
-    field_of = config.spg.route_by
-    return {
-        prompt_key(row["prompt"]): str(row[field_of])
-        for _, row in read_jsonl(config.samples)
-        if config.spg.routes and field_of in row
-    }
+    """Return the value by which each prompt of the samples chooses its equivalence.
+
+    Raises:
+        DataError: Routes are asked for, and no row says which it takes.
+    """
+    rows = [
+        PromptRow(row["prompt"], f"{config.samples}:{line}", row)
+        for line, row in read_jsonl(config.samples)
+    ]
+    routes = prompt_routes(rows, route_by=config.spg.route_by)
+    if config.spg.routes and not set(routes.values()) & set(config.spg.routes):
+        raise DataError(
+            f"spg.routes go by '{config.spg.route_by}', and no row of {config.samples} has one of "
+            f"{', '.join(config.spg.routes)} there: give the prompts that column before "
+            "`trueward sample`, which keeps it, or set spg.route_by."
+        )
+    return routes
 
 
 def rlp(config: RLPConfig) -> None:

@@ -110,7 +110,7 @@ class LanguageConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         if self.subset > 1:
             raise ValueError(f"subset is a share in (0, 1], got {self.subset}.")
-        require_own_options(self.spg, self.uml)
+        require_own_options(self.spg, self.uml, REFINED)
         if self.spg.equivalence != SPGConfig().equivalence:
             raise ValueError("spg.equivalence is the world's own here: leave it out.")
         if self.long < 0:

@@ -95,7 +95,15 @@ class RefinementMethod:
     def __post_init__(self) -> None:
         if self.members < 1:
             raise ValueError(f"members must be at least 1, got {self.members}.")
-        require_own_options(self.spg, self.uml)
+        refined: list[RefineMethod] = [name for name in METHODS if name == self.method]
+        if refined:
+            require_own_options(self.spg, self.uml, refined)
+        equivalence = (self.spg.equivalence, self.spg.routes, self.spg.level)
+        if equivalence != (SPGConfig().equivalence, {}, SPGConfig().level):
+            raise ValueError(
+                "Recorded answers are clustered by the encoder: leave spg.equivalence, spg.routes "
+                "and spg.level out, and set level (of all rows) or spg.threshold."
+            )
         if self.method == "rlaif":
             raise ValueError(
                 "RLAIF asks the policy which answer is better, and of a recorded policy there is "

@@ -104,7 +104,22 @@ class RLPConfig:
                 "`trueward policy` under torchrun instead."
             )
         self.family.require_own_options()
-        require_own_options(self.spg, self.uml)
+        # Of all methods: a recipe's options stay when the command line takes fewer of them.
+        require_own_options(self.spg, self.uml, tuple(METHODS))
+        for name, default in (
+            ("sft", SFTConfig()),
+            ("reward", RewardConfig()),
+            ("policy", PolicyConfig()),
+            ("samples", SamplingConfig()),
+        ):
+            if getattr(self, name).seed != default.seed:
+                raise ValueError(f"{name}.seed is the run's: set seed, and leave it out.")
+        if self.samples.n < 2 or self.samples.temperature <= 0:
+            raise ValueError(
+                "A refinement compares different samples of a prompt: samples.n must be at least 2 "
+                f"and samples.temperature above 0, got {self.samples.n} and "
+                f"{self.samples.temperature}."
+            )
         for method in self.methods:
             require_composable(method, self.family)
         if self.ensemble_rounds and self.policy.refresh_every:

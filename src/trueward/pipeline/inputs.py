@@ -19,6 +19,7 @@ from trueward.data.formats import (
 )
 from trueward.models.policy import Policy
 from trueward.pipeline.config import RLPConfig
+from trueward.refine.spg import prompt_routes
 from trueward.sampling import fitting_prompts
 
 
@@ -87,11 +88,7 @@ def load_inputs(config: RLPConfig) -> Inputs:
         held_out=[],
         gold=[row for rows in trained[2:] for row in rows],
         evaluation={name: part.rows for name, part in evaluation.items()},
-        routes={
-            prompt_key(row.prompt): str(row.extra[config.spg.route_by])
-            for row in unlabelled
-            if config.spg.route_by in row.extra
-        },
+        routes=prompt_routes(unlabelled, route_by=config.spg.route_by),
         reports=[part.report for part in parts],
     )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from trueward.data.formats import (
 from trueward.evaluate.policy_judge import policy_judge
 from trueward.evaluate.shift import agreement
 from trueward.models.policy import Policy
-from trueward.models.reward_function import Reward, posterior_function
+from trueward.models.reward_function import Reward
 from trueward.models.reward_model import RewardModel
 from trueward.models.scratch import load_policy
 from trueward.pipeline.config import RLPConfig
@@ -282,8 +281,9 @@ def reason_to_stop(
     if stop.max_agreement:
         objective, n = config.objective.build(), len(drawn[0][1])
         flat = [p for p, texts in drawn for _ in texts], [t for _, texts in drawn for t in texts]
-        one, two = (objective(posterior_function(r)(*flat)).view(-1, n) for r in (last, new))
-        same = agreement(two, one)
+        one, two = (rewards_of(r, objective)(*flat).view(-1, n) for r in (last, new))
+        read = one.isfinite().all(1) & two.isfinite().all(1)
+        same = agreement(two[read], one[read])
         if same > stop.max_agreement:
             return f"it orders {same:.3f} of the sampled pairs as the last reward did"
     return ""
@@ -293,5 +293,11 @@ def _mean_accuracy(folder: Path, sets: Sequence[str]) -> float:
     """Return the mean over the evaluation sets, not over what a family holds out itself."""
     summary = finished_summary(folder)
     assert summary is not None
-    found = [summary["metrics"].get(f"{name}/accuracy", math.nan) for name in sets]
-    return float(sum(found) / len(found))
+    found = [summary["metrics"].get(f"{name}/accuracy") for name in sets]
+    known = [value for value in found if value is not None]
+    if not known:
+        raise DataError(
+            f"No pair of the evaluation sets {', '.join(sets)} fits the reward's context, so "
+            "stop.max_accuracy_loss has nothing to go by: raise reward.max_length."
+        )
+    return float(sum(known) / len(known))

@@ -13,7 +13,7 @@ prompt's samples draw near, and `views="cluster"` takes both views from samples 
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -291,7 +291,13 @@ class MultiViewConfig:
                 )
         if not 0.0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be finite and above 0, got {self.temperature}.")
-        _refuse_idle_options(self)
+        if self.loss != "uml":  # the default stands for whatever loss a method names later
+            _refuse_idle_options(self)
+        if self.skl_start != 1e-3 and self.skl_schedule == "constant":
+            raise ValueError(
+                "skl_start is where a linear or exponential skl_schedule begins and would do "
+                "nothing with skl_schedule='constant': leave it out, or choose another schedule."
+            )
         _check_steps("schedule", self.schedule, "warmup_steps", self.warmup_steps)
         _check_steps("skl_schedule", self.skl_schedule, "skl_steps", self.skl_steps)
         if self.skl_schedule == "exponential" and not (self.skl_start > 0 and self.skl_coef > 0):
@@ -312,18 +318,17 @@ _READ_BY = {
 }
 
 
-def _refuse_idle_options(config: MultiViewConfig) -> None:
+def idle_options(config: MultiViewConfig, losses: Collection[str]) -> list[str]:
+    """Return the names of the options that are set and that none of the losses reads."""
     given = {f.name for f in fields(config) if getattr(config, f.name) != f.default}
-    for name, loss in _READ_BY.items():
-        if name in given and config.loss != loss:
-            raise ValueError(
-                f"{name} is read with loss={loss!r} and would do nothing with "
-                f"loss={config.loss!r}: leave it out."
-            )
-    if "skl_start" in given and config.skl_schedule == "constant":
+    return [name for name, loss in _READ_BY.items() if name in given and loss not in losses]
+
+
+def _refuse_idle_options(config: MultiViewConfig) -> None:
+    for name in idle_options(config, [config.loss]):
         raise ValueError(
-            "skl_start is where a linear or exponential skl_schedule begins and would do nothing "
-            "with skl_schedule='constant': leave it out, or choose another schedule."
+            f"{name} is read with loss={_READ_BY[name]!r} and would do nothing with "
+            f"loss={config.loss!r}: leave it out."
         )
 
 
@@ -400,6 +405,7 @@ class MultiView(nn.Module):
         equivalent: Equivalence | None = None,
     ) -> None:
         super().__init__()
+        _refuse_idle_options(config)
         _require_equivalence_for_clusters(config, equivalent)
         self.config = config
         self.samples, self.excluded = _with_two_views(samples)

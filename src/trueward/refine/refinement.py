@@ -8,7 +8,7 @@ posterior the reward model has (one head, heads, a deep ensemble, ...), both go 
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,7 +30,7 @@ from trueward.models.reward_function import Reward, fits_context, posterior_func
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
 from trueward.refine.equivalence import Equivalence
-from trueward.refine.multiview import MultiView, MultiViewConfig, for_loss
+from trueward.refine.multiview import MultiView, MultiViewConfig, for_loss, idle_options
 from trueward.refine.spg import SPGConfig, write_synthetic
 from trueward.train.families import AuxiliaryOf, FamilyConfig, Maker, Reference, train_family
 from trueward.train.reward import RewardConfig
@@ -102,10 +102,12 @@ def refine_reward(
     policy: Policy | None = None,
     judge: Judge | None = None,
     equivalent: Equivalence | None = None,
+    synthetic: Sequence[PreferenceRow] | None = None,
     pairs_dir: str | Path | None = None,
     routes: Mapping[str, str] | None = None,
     reference: Reference | None = None,
     report: LoadReport | None = None,
+    selection: Sequence[PreferenceRow] = (),
     evaluation: Callable[[Reward], dict[str, float]] | None = None,
 ) -> Reward:
     """Train a reward model again on D and what the method takes from the policy's samples.
@@ -127,17 +129,22 @@ def refine_reward(
         policy: Embeds the samples where the equivalence is `policy_states`.
         judge: Says which of two samples is better, for RLAIF; by default `policy` itself does.
         equivalent: Which samples say the same; by default what `spg` names.
+        synthetic: Preferences made of the samples before, gated or reviewed since; by default they
+            are made here.
         pairs_dir: Where the synthetic preferences are written; by default
             `output_dir/preferences`.
         routes: Of each prompt's key, the value by which `spg.routes` chooses its equivalence.
         reference: What members' scales are measured on.
         report: Receives the rows that do not fit.
+        selection: Rows that `warm` selects its members on; see `train_family`.
         evaluation: Called with the trained reward.
     """
     require_composable(method, family or FamilyConfig())
     pairs, views = METHODS[method]
     rows = list(preferences)
-    if pairs:
+    if pairs and synthetic is not None:
+        rows += synthetic
+    elif pairs:
         folder = Path(pairs_dir) if pairs_dir is not None else Path(output_dir) / "preferences"
         options = spg_for(spg or SPGConfig(), pairs)
         if pairs == "rlaif" and judge is None:
@@ -175,6 +182,7 @@ def refine_reward(
         output_dir=output_dir,
         reference=reference,
         report=report,
+        selection=selection,
         evaluation=evaluation,
         auxiliary=auxiliary,
     )
@@ -236,15 +244,19 @@ def views_of(uml: MultiViewConfig, drawn: Samples, equivalent: Equivalence | Non
     return beside
 
 
-def spg_for(spg: SPGConfig, rule: Literal["spg", "select_all", "reward", "rlaif"]) -> SPGConfig:
+def spg_for(spg: SPGConfig, rule: Literal["", "spg", "select_all", "reward", "rlaif"]) -> SPGConfig:
     """Return the options of another rule: random pairs have no side to draw by its length."""
+    if not rule:
+        raise ValueError("This method makes no synthetic preferences: choose one that does.")
     if rule in ("reward", "rlaif"):
         return replace(spg, rule=rule, rejected="uniform")
     return replace(spg, rule=rule)
 
 
-def require_own_options(spg: SPGConfig, uml: MultiViewConfig) -> None:
-    """Refuse what the method and its training set themselves: it would be lost in silence.
+def require_own_options(
+    spg: SPGConfig, uml: MultiViewConfig, methods: Collection[RefineMethod]
+) -> None:
+    """Refuse what methods set themselves, or none of them reads: it would be lost in silence.
 
     Raises:
         ValueError: Names the option.
@@ -255,6 +267,26 @@ def require_own_options(spg: SPGConfig, uml: MultiViewConfig) -> None:
         raise ValueError("uml.loss is what the method says: name the method, and leave it out.")
     if uml.seed != MultiViewConfig().seed:
         raise ValueError("uml.seed is the training's seed: set that one, and leave it out.")
+    named = ", ".join(methods)
+    losses = {METHODS[method].views for method in methods} - {""}
+    idle = idle_options(uml, losses) if losses else [""] * (uml != MultiViewConfig())
+    if idle:
+        option = f"uml.{idle[0]}" if idle[0] else "A uml. option"
+        raise ValueError(
+            f"{option} would do nothing with the methods {named}: leave it out, or name a method "
+            "whose loss reads it."
+        )
+    rules = {METHODS[method].pairs for method in methods}
+    default = SPGConfig()
+    if spg.gamma != default.gamma and "spg" not in rules:
+        raise ValueError(
+            f"spg.gamma would do nothing with the methods {named}: it is for spg and spg_uml."
+        )
+    if spg.rejected != default.rejected and not rules & {"spg", "select_all"}:
+        raise ValueError(
+            f"spg.rejected would do nothing with the methods {named}: it is for methods with "
+            "clusters (spg, select_all, spg_uml)."
+        )
 
 
 def require_composable(method: RefineMethod, family: FamilyConfig) -> None:

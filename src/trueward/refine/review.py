@@ -65,7 +65,7 @@ class ReviewResult:
     def agreement(self) -> Measured | None:
         """How often people gave the label that a pair had, ties at half; None without answers.
 
-        Pairs shown are the doubtful ones, so it is a lower bound on what the others deserve.
+        Pairs shown are the doubtful ones, so it is likely no more than what the others deserve.
         """
         right = len(self.confirmed) + len(self.ties) / 2
         asked = len(self.confirmed) + len(self.relabelled) + len(self.ties)
