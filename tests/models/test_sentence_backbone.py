@@ -143,3 +143,36 @@ def test_texts_are_embedded_alone_and_kept_with_the_others(encoder: Path) -> Non
             wanted = bert(torch.tensor([ids])).last_hidden_state[0].mean(0)
         torch.testing.assert_close(vector, wanted, atol=1e-5, rtol=1e-5)
     assert len(backbone.embeddings) == len(set(ANSWERS))
+
+
+def test_members_of_a_lora_ensemble_have_adapters_on_the_trunk(
+    encoder: Path, tmp_path: Path
+) -> None:
+    backbone, tokenizer = sentence_backbone(encoder, hidden_size=8, layers=2)
+    model = RewardModel.from_backbone(
+        backbone, tokenizer, lora_members=3, lora_rank=2, lora_layers=1.0
+    )
+    assert model.lora is not None
+    assert len(model.lora.adapters) == 2  # both layers of the trunk, none of the encoder
+    frozen = copy.deepcopy(inner(model).trunk.state_dict())
+    rows = [PreferenceRow(*row) for row in tiny_preferences(8)]
+    train_reward(model, rows, RewardConfig(learning_rate=1e-2, batch_size=4, progress=False))
+    assert all(torch.equal(frozen[k], v) for k, v in inner(model).trunk.state_dict().items())
+    means = model.score(PROMPTS, ANSWERS, normalise=False).means
+    assert means.shape == (4, 3)
+    # Each member by hand: the trunk with its low-rank part merged, then its own head.
+    for member in range(3):
+        alone = make(encoder, layers=0)
+        ids = [model.tokenize(p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+        for i, one in enumerate(ids):
+            whole = torch.tensor([[*one.prompt_ids, *one.completion_ids]])
+            state = inner(alone).norm(inner(alone).embed(whole, torch.ones_like(whole)))
+            adapters = model.lora.adapters.values()
+            for layer, adapter in zip(inner(model).trunk, adapters, strict=True):
+                low = adapter.scale * adapter.b[member] @ adapter.a[member]  # type: ignore[operator, index]
+                state = torch.nn.functional.gelu(state @ (layer.weight + low).T + layer.bias)  # type: ignore[union-attr, operator]
+            reward = (state[0] * model.head.weight[member]).sum()  # type: ignore[union-attr, index]
+            torch.testing.assert_close(means[i, member], reward, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "model")
+    again = RewardModel.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(again.score(PROMPTS, ANSWERS, normalise=False).means, means)

@@ -225,7 +225,9 @@ class LoRAEnsemble(nn.Module):
     def _attached(self, backbone: PreTrainedModel, batch: PackedBatch) -> Iterator[None]:
         """Make the base's upper layers compute as the members, for as long as this lasts."""
         rows, seq = batch.input_ids.shape
-        one = _Pass(members=self.members, rows=rows, seq=seq)
+        # A sentence backbone's layers read one state of a text, not one of each token.
+        states = 1 if getattr(backbone, "trueward_layers", None) is not None else seq
+        one = _Pass(members=self.members, rows=rows, seq=states)
         layers = _layers(backbone)
         handles: list[RemovableHandle] = []
         try:
@@ -295,7 +297,13 @@ class AdapterDiversity(nn.Module):
 
 
 def _layers(backbone: PreTrainedModel) -> nn.ModuleList:
-    """Return the list of the backbone's layers: the one as long as its configuration says."""
+    """Return the list of the backbone's layers: the one as long as its configuration says.
+
+    A backbone of ours may name it: the trunk on a sentence encoder, whose own layers are frozen.
+    """
+    named = getattr(backbone, "trueward_layers", None)
+    if isinstance(named, nn.ModuleList):
+        return named
     count = backbone.config.get_text_config().num_hidden_layers
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

@@ -108,6 +108,11 @@ class SentenceBackbone(PreTrainedModel):
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
         return twin
 
+    @property
+    def trueward_layers(self) -> nn.ModuleList:
+        """What adapters may stand on: the trunk, not the frozen encoder."""
+        return self.trunk
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the encoder's."""
         return self.encoder.get_input_embeddings()
