@@ -439,9 +439,9 @@ def test_pairs_are_neighbouring_responses() -> None:
     [
         ({"optimiser": "rloo"}, "optimiser=closed_form, not rloo"),
         ({"reward": "length"}, "reward=length: all responses .* same length"),
-        ({"reward": "retrained"}, "reward=retrained: nothing is trained"),
-        ({"reward": "spg"}, "reward=spg: .* no policy samples"),
-        ({"reward": "uml"}, "reward=uml: .* no policy samples"),
+        ({"reward": "control"}, "reward=control: nothing is trained"),
+        ({"reward": "spg"}, "reward=spg: .* nothing can be refined"),
+        ({"reward": "uml"}, "reward=uml: .* nothing can be refined"),
         ({"epochs_scale": 2.0}, "leave epochs_scale at 1 .* got 2"),
         ({"family": "heads"}, "family at deep, got 1 and heads"),
         ({"members": 6}, "wants 6 members where the exact world has 5"),
