@@ -10,7 +10,7 @@ diagnosed on the held-out prompts.
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -37,7 +37,7 @@ from trueward.evaluate.out_of_distribution import (
     read_answers,
 )
 from trueward.evaluate.preferences import evaluate_preferences
-from trueward.lab.processes import State, Task, only_one, run_tasks
+from trueward.lab.processes import Task, only_one, run_tasks, teller
 from trueward.models.reward_function import Reward, fitting_rows, posterior_function
 from trueward.models.reward_model import RewardModel
 from trueward.models.scratch import ModelSource, load_policy
@@ -150,7 +150,7 @@ def run_families(config: FamiliesConfig) -> dict[str, Any]:
         for source in config.out_of_distribution.values():  # refused before hours of training
             read_answers(source)
         read_rows(config, config.first_seed)
-        outcomes = run_tasks(_tasks(config), processes=config.processes, on_change=_teller())
+        outcomes = run_tasks(_tasks(config), processes=config.processes, on_change=teller())
         failed = {name: o for name, o in outcomes.items() if o.state == "failed"}
         results = read_results(config)
         write_report(config, results)
@@ -499,16 +499,3 @@ def write_report(config: FamiliesConfig, rows: Sequence[FamilyRuns]) -> None:
 def _mean_of(row: FamilyRuns, key: str) -> float:
     estimate = row.estimate(key)
     return math.nan if estimate is None else estimate.mean
-
-
-def _teller() -> Callable[[Mapping[str, State]], None]:
-    """Return what tells the progress: a line whenever a stage ends."""
-    told: set[str] = set()
-
-    def say(states: Mapping[str, State]) -> None:
-        over = {name for name, state in states.items() if state in ("done", "failed", "skipped")}
-        for name in sorted(over - told):
-            console.print(f"{len(over)} of {len(states)}: {name} {states[name]}", highlight=False)
-        told.update(over)
-
-    return say

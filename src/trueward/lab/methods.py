@@ -6,23 +6,9 @@ from typing import Literal, get_args
 from trueward.options import ObjectiveConfig
 from trueward.refine.refinement import RefineMethod
 
-RewardName = Literal[
-    "learned",  # from the annotator's comparisons
-    # Learned again, from the comparisons and a policy's samples: `refine.refinement.METHODS`.
-    "control",
-    "reward",
-    "select_all",
-    "rlaif",
-    "spg",
-    "uml",
-    "infomax",
-    "mvi",
-    "contrastive",
-    "spg_uml",
-    "gold",
-    "random",
-    "length",
-]
+# From the annotator's comparisons; gold, random (noise of the text) and length; or learned again,
+# from the comparisons and a policy's samples, by a method of `refine.refinement`.
+RewardName = Literal["learned", "gold", "random", "length"] | RefineMethod
 REFINED: tuple[RefineMethod, ...] = get_args(RefineMethod)
 # A model for each member (each one Gaussian head by `bt_marginal`), Gaussian heads on one backbone,
 # or another family by its name in `train.families`; those stand on scalar heads, as `single` is.

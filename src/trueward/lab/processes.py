@@ -26,9 +26,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from rich.console import Console
+
 from trueward.data.sources import DataError
 
 logger = logging.getLogger(__name__)
+console = Console(stderr=True)
 
 State = Literal["waiting", "running", "done", "failed", "skipped"]
 OnChange = Callable[[Mapping[str, State]], None]
@@ -382,3 +385,16 @@ def only_one(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def teller() -> Callable[[Mapping[str, State]], None]:
+    """Return what tells the progress: a line whenever a stage ends."""
+    told: set[str] = set()
+
+    def say(states: Mapping[str, State]) -> None:
+        over = {name for name, state in states.items() if state in ("done", "failed", "skipped")}
+        for name in sorted(over - told):
+            console.print(f"{len(over)} of {len(states)}: {name} {states[name]}", highlight=False)
+        told.update(over)
+
+    return say

@@ -12,7 +12,7 @@ embedded once.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,7 +40,7 @@ from trueward.evaluate.overoptimization import best_of_n_curves_per_prompt, best
 from trueward.evaluate.preferences import evaluate_preferences
 from trueward.evaluate.shift import agreement
 from trueward.lab.controls import random_reward
-from trueward.lab.processes import State, Task, only_one, run_tasks
+from trueward.lab.processes import Task, only_one, run_tasks, teller
 from trueward.models.reward_function import Reward, posterior_function
 from trueward.models.reward_model import RewardModel
 from trueward.models.sentence_backbone import (
@@ -203,7 +203,7 @@ def run_refinements(config: RefinementsConfig) -> dict[str, Any]:
         folder = RunFolder(out, command="refinements", config=config, free=MAY_CHANGE)
         for stale in ("summary.json", "failures.txt"):  # of a run before this one
             (out / stale).unlink(missing_ok=True)
-        outcomes = run_tasks(_tasks(config), processes=config.processes, on_change=_teller())
+        outcomes = run_tasks(_tasks(config), processes=config.processes, on_change=teller())
         failed = {name: o for name, o in outcomes.items() if o.state == "failed"}
         results = read_results(config)
         if any(row.values for row in results if row.name == FIRST):
@@ -633,16 +633,3 @@ def read_results(config: RefinementsConfig) -> list[RefinementRuns]:
             )
         )
     return found
-
-
-def _teller() -> Callable[[Mapping[str, State]], None]:
-    """Return what tells the progress: a line whenever a stage ends."""
-    told: set[str] = set()
-
-    def say(states: Mapping[str, State]) -> None:
-        over = {name for name, state in states.items() if state in ("done", "failed", "skipped")}
-        for name in sorted(over - told):
-            console.print(f"{len(over)} of {len(states)}: {name} {states[name]}", highlight=False)
-        told.update(over)
-
-    return say
