@@ -183,6 +183,19 @@ def test_the_embedding_is_calibrated_on_one_whole_completion_of_each_prompt(
     assert seen == [["a cat", "a bird"]]
 
 
+def seed_of_stage(out: Path, stage: str) -> int:
+    found: int = json.loads((out / stage / "summary.json").read_text())["seed"]
+    return found
+
+
+def test_methods_differ_by_method_alone_and_rounds_by_their_seed(unbroken: Path, rounds: Path):
+    refined = {seed_of_stage(unbroken, f"05_reward_{m}_1") for m in ("control", "spg", "uml")}
+    assert len(refined) == 1
+    seeds = [seed_of_stage(rounds, f"05_reward_spg_uml_{k}") for k in (1, 2)]
+    within = seed_of_stage(rounds, "06_policy_spg_uml_1/refreshed/000002/reward")
+    assert len({seed_of_stage(rounds, "02_reward"), *seeds, within}) == 4
+
+
 def rounds_config(files: Path, out: Path) -> RLPConfig:
     config = config_for(files, out)
     return dataclasses.replace(

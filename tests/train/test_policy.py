@@ -292,3 +292,31 @@ def test_the_kl_in_the_loss_holds_the_policy_back(tmp_path: Path) -> None:
         )
         ends[kl_coef] = metrics_of(tmp_path / str(kl_coef))[-1]["kl/k2"]
     assert ends[0.0] > 2 * ends[100.0] > 0
+
+
+# ---- a reward that is made anew within the run ---------------------------------------------------
+
+
+def test_what_a_refresh_draws_at_random_does_not_move_the_run_that_it_is_part_of() -> None:
+    def noise_after(draws: int) -> list[float]:
+        seen: list[float] = []
+
+        def reward(prompts: list[str], completions: list[str]) -> Tensor:
+            seen.append(torch.rand(()).item())  # what the global state gives at this step
+            return torch.tensor([float(len(c)) for c in completions])
+
+        def refresh(policy: Policy, step: int) -> Any:
+            torch.rand(draws)  # as training a reward does
+            return reward
+
+        config = PolicyConfig(algorithm="rloo", steps=3, refresh_every=2, **SMALL)
+        train_policy(new_policy(), reward, tiny_texts(4), config, refresh=refresh)
+        return seen
+
+    assert noise_after(1) == noise_after(1000)
+
+
+def test_a_refresh_and_how_often_belong_together() -> None:
+    config = PolicyConfig(algorithm="rloo", steps=2, **SMALL)
+    with pytest.raises(ValueError, match="needs both: `refresh`, which makes it, and refresh_ev"):
+        train_policy(new_policy(), len, tiny_texts(4), config, refresh=lambda *_: len)
