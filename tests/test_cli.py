@@ -74,7 +74,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "french.jsonl", french[:20])
     write(root / "away.jsonl", [{"prompt": "elsewhere", "completions": ["who", "goes", "there"]}])
     write(root / "samples.jsonl", [{"prompt": "p", "completions": ["cat", "dog"], "lang": "en"}])
-    write(root / "prompts.jsonl", [{"prompt": p} for p in tiny_texts(4)])
+    asked = [{"prompt": p, "lang": "en", "note": "n"} for p in tiny_texts(4)]
+    write(root / "prompts.jsonl", asked)
     write(root / "demonstrations.jsonl", [{"prompt": "p", "completion": "cat dog"}] * 2)
     write(
         root / "to_score.jsonl", [{"prompt": p, "completion": c} for p, c, _ in tiny_preferences(6)]
@@ -493,6 +494,9 @@ def test_the_commands_run_one_after_another(folder: Path, capsys: pytest.Capture
     way = folder / "way"
     summary = json.loads((way / "reward" / "summary.json").read_text())
     assert 0 <= summary["metrics"]["test/accuracy"] <= 1
+    drawn = [json.loads(line) for line in (way / "samples.jsonl").read_text().splitlines()]
+    assert {row["lang"] for row in drawn} == {"en"}  # kept, for equivalences by language
+    assert all("note" not in row for row in drawn)
     scored = [json.loads(line) for line in (way / "scores.jsonl").read_text().splitlines()]
     assert len(scored) == 4
     assert len(scored[0]["reward"]) == len(scored[0]["std"]) == 4

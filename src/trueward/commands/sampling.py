@@ -22,6 +22,8 @@ class SampleCommand:
     policy: str  # folder or hub id
     prompts: str  # file, folder, or hub name
     output: str  # a .jsonl file: prompt, completions, finished, logps
+    # Columns of the prompts' rows that the output keeps: `lang` chooses an equivalence later.
+    keep: list[str] = field(default_factory=lambda: ["lang"])
     data: DataOptions = field(default_factory=DataOptions)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -38,7 +40,7 @@ def sample(config: SampleCommand) -> None:
         config.sampling,
         config.output,
         progress=None,
-        extras=[row.extra for row in rows],
+        extras=[{k: row.extra[k] for k in config.keep if k in row.extra} for row in rows],
     )
     console.print(f"{config.output}: {numbers_text(numbers)}", highlight=False)
 

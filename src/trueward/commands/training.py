@@ -366,7 +366,7 @@ def _routes(config: RefineCommand) -> dict[str, str]:
         raise DataError(
             f"spg.routes go by '{config.spg.route_by}', and no row of {config.samples} has one of "
             f"{', '.join(config.spg.routes)} there: give the prompts that column before "
-            "`trueward sample`, which keeps it, or set spg.route_by."
+            f"`trueward sample --keep {config.spg.route_by}`, or set spg.route_by."
         )
     return routes
 
