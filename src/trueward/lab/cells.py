@@ -23,6 +23,8 @@ from trueward.lab.language import (
     RewardOf,
     evaluation_prompts,
     held_out_rows,
+    load_member,
+    monitor_specs,
     policy_config,
     pool_posterior,
     read_pool,
@@ -35,6 +37,7 @@ from trueward.lab.worlds import stated_and_chosen, words_of
 from trueward.models.policy import Policy
 from trueward.posterior import RewardPosterior
 from trueward.sampling import SamplingConfig, sample
+from trueward.train.alarm import AlarmConfig
 from trueward.train.loop import seed_of
 from trueward.train.policy import train_policy
 from trueward.train.run_folder import RunFolder, finished_summary, write_text
@@ -56,7 +59,8 @@ def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path)
 
     PPO's critic starts from the reference policy with a zero head, whatever the reward is.
     """
-    run = lab.start(folder, config={"method": method, "steps": steps})
+    watched = {"monitor": lab.monitor} if lab.monitor else {}  # cells without one stay as they were
+    run = lab.start(folder, config={"method": method, "steps": steps} | watched)
     if run is None:
         return
     world, config = lab.open(seed), lab.config
@@ -108,6 +112,8 @@ def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path)
             objective=objective,
             output_dir=folder / "training",
             evaluation=evaluate,
+            alarm=AlarmConfig(action="log") if lab.monitor else None,
+            monitor=[load_member(lab, seed, spec) for spec in monitor_specs(lab)] or None,
         )
     trained = finished_summary(folder / "training")
     assert trained is not None

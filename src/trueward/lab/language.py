@@ -124,6 +124,7 @@ class Lab:
     world: LanguageDials
     config: LanguageConfig
     out: Path
+    monitor: int = 0  # models in the ensemble whose signals every policy's training logs; 0 = none
 
     @property
     def shared(self) -> Path:
@@ -183,6 +184,11 @@ def reward_specs(method: Method) -> list[RewardSpec]:
         name = f"{method.family}-{method.members}{suffix}"
         return [RewardSpec(name, 0, method.members, scale, family=method.family)]
     return [RewardSpec(f"deep-{k}{suffix}", k, 1, scale) for k in range(method.members)]
+
+
+def monitor_specs(lab: Lab) -> list[RewardSpec]:
+    """Return the reward models that watch every policy; the first one may be what it optimises."""
+    return reward_specs(Method(members=lab.monitor)) if lab.monitor else []
 
 
 FIRST = RewardSpec("deep-0", 0)  # r_phi: what is refined

@@ -23,6 +23,7 @@ from trueward.lab.language import (
     compare_answers,
     draw_pool,
     draw_shift,
+    monitor_specs,
     refined_from,
     reward_specs,
     sample_optimised,
@@ -53,6 +54,9 @@ class CompareConfig:
     first_seed: int = 0
     processes: int = 0  # 0 = as many as there are cores
     title: str = ""  # of the report
+    # Reward models in an ensemble that watches every policy in training: its signals are logged at
+    # every step, for `trueward alarm`; 0 = none. Worlds of language.
+    monitor: int = 0
     exact: ExactWorld = field(default_factory=ExactWorld)
     grammar: GrammarWorld = field(default_factory=GrammarWorld)
     gold_model: GoldModelWorld = field(default_factory=GoldModelWorld)
@@ -66,7 +70,7 @@ class CompareConfig:
 
 
 # What may differ between a comparison and its resume: more methods and seeds add cells.
-MAY_CHANGE = ("methods", "baseline", "seeds", "first_seed", "processes", "title")
+MAY_CHANGE = ("methods", "baseline", "seeds", "first_seed", "processes", "title", "monitor")
 
 
 def trains_policies(config: CompareConfig) -> bool:
@@ -96,6 +100,11 @@ def check(config: CompareConfig) -> None:
             raise DataError(f"`{name}` sets dials of another world than `world: {config.world}`.")
     if not language and config.language != defaults.language:
         raise DataError(f"`language` is for worlds of language, not for `world: {config.world}`.")
+    if config.monitor < 0 or (config.monitor and not language):
+        raise DataError(
+            f"monitor is a number of reward models in a world of language, got {config.monitor} in "
+            f"`world: {config.world}`."
+        )
     for name, method in config.methods.items():
         if not name or any(c in name for c in "/\\. ") or name != name.strip("-_"):
             raise DataError(
@@ -180,7 +189,12 @@ def _cell(
         arguments = (*quick[config.world], method, seed, folder)
         return [Task(name=name, function=quick_cell, arguments=arguments)]
     dials = config.grammar if config.world == "grammar" else config.gold_model
-    lab = Lab(world=dials, config=config.language, out=Path(config.output_dir))
+    lab = Lab(
+        world=dials,
+        config=config.language,
+        out=Path(config.output_dir),
+        monitor=config.monitor,
+    )
     refines = any(m.reward in REFINED for m in config.methods.values())
     tasks = _ground(lab, method, seed, refines=refines)
     needs = tuple(task.name for task in tasks)
@@ -210,7 +224,9 @@ def _ground(lab: Lab, method: Method, seed: int, *, refines: bool) -> list[Task]
         task(f"{at}/comparisons", compare_answers, after=f"{at}/reference"),
     ]
     specs = reward_specs(method)
+    watching = monitor_specs(lab) if method.optimiser in TRAINED else []
     trained = dict.fromkeys(before for spec in specs for before in _with_those_before(spec))
+    trained |= dict.fromkeys(watching)
     if refines:
         trained = dict.fromkeys([FIRST, *trained])
     for spec in trained:

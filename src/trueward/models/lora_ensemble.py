@@ -139,7 +139,7 @@ class LoRAEnsemble(nn.Module):
         for name, value in (("members", members), ("rank", rank)):
             if value < 1:
                 raise ValueError(f"A LoRA ensemble needs {name} of at least 1, got {value}.")
-        total = len(_layers(backbone))
+        total = len(layers_of(backbone))
         if not 1 <= layers <= total:
             raise ValueError(f"layers must lie between 1 and the backbone's {total}, got {layers}.")
         self.members, self.rank, self.layers = members, rank, layers
@@ -228,7 +228,7 @@ class LoRAEnsemble(nn.Module):
         # A sentence backbone's layers read one state of a text, not one of each token.
         states = 1 if getattr(backbone, "trueward_layers", None) is not None else seq
         one = _Pass(members=self.members, rows=rows, seq=states)
-        layers = _layers(backbone)
+        layers = layers_of(backbone)
         handles: list[RemovableHandle] = []
         try:
             for layer in layers[len(layers) - self.layers :]:
@@ -262,7 +262,7 @@ def layer_count(share: float, total: int) -> int:
 
 def backbone_layers(backbone: PreTrainedModel) -> int:
     """Return the number of the backbone's layers."""
-    return len(_layers(backbone))
+    return len(layers_of(backbone))
 
 
 class AdapterDiversity(nn.Module):
@@ -296,7 +296,7 @@ class AdapterDiversity(nn.Module):
         return -self.coef * diversity, {"diversity": diversity.item()}
 
 
-def _layers(backbone: PreTrainedModel) -> nn.ModuleList:
+def layers_of(backbone: PreTrainedModel) -> nn.ModuleList:
     """Return the list of the backbone's layers: the one as long as its configuration says.
 
     A backbone of ours may name it: the trunk on a sentence encoder, whose own layers are frozen.
@@ -316,7 +316,7 @@ def _layers(backbone: PreTrainedModel) -> nn.ModuleList:
 
 def _linear_layers(backbone: PreTrainedModel, layers: int) -> Iterator[tuple[int, str, nn.Module]]:
     """Yield (layer, name in it, module) of the linear layers in the upper `layers` of the base."""
-    stack = _layers(backbone)
+    stack = layers_of(backbone)
     for i in range(len(stack) - layers, len(stack)):
         for name, module in stack[i].named_modules():
             if isinstance(module, nn.Linear | Conv1D):

@@ -30,6 +30,7 @@ from trueward.models.backbone import (
     max_positions,
 )
 from trueward.models.heads import ScalarHead
+from trueward.models.lora_ensemble import layers_of
 from trueward.models.reward_model import RewardModel, merged
 
 
@@ -160,6 +161,34 @@ class Policy(nn.Module):
         """Write model (adapters merged) and tokenizer as a Hugging Face folder."""
         merged(self.model).save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+
+
+@torch.no_grad()
+def energy_losses(policy: Policy, batch: PackedBatch) -> Float[Tensor, " completion"]:
+    """How much of its states' L1 norm the policy's last layer takes away: the energy loss.
+
+    `||h_in||_1 - ||h_out||_1` of the last layer, the mean over a completion's tokens. Miao et al.
+    2025 (https://arxiv.org/abs/2501.19358) find it to grow in reinforcement learning, and to grow
+    excessively where the reward is hacked.
+
+    Raises:
+        ValueError: A model whose list of layers cannot be told.
+    """
+    norms: list[Tensor] = []
+
+    def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = out[0] if isinstance(out, tuple) else out
+        norms.append(before.float().abs().sum(-1) - after.float().abs().sum(-1))
+
+    handle = layers_of(policy.backbone)[-1].register_forward_hook(hook, with_kwargs=True)
+    try:
+        hidden_states(policy.backbone, batch)
+    finally:
+        handle.remove()
+    mask = batch.mask
+    tokens = norms[0][batch.rows[:, None].expand_as(mask), batch.target_columns]
+    return (tokens * mask).sum(1) / batch.lengths
 
 
 class Readout(nn.Module):

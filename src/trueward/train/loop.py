@@ -162,17 +162,19 @@ class Loop:
             unit="step",
             disable=None if self.config.progress is None else not self.config.progress,
         )
-        while self.step < self.total_steps:
-            self.reseed()
-            yield self.step + 1
-            self.step += 1
-            self._bar.update()
-            every = self.config.checkpoint_every
-            if every and self.step % every == 0 and self.step < self.total_steps:
-                self.checkpoint()
-        self._bar.close()
-        if self.config.tracker != "none":
-            self.accelerator.end_training()
+        try:  # a loop may end before its last step
+            while self.step < self.total_steps:
+                self.reseed()
+                yield self.step + 1
+                self.step += 1
+                self._bar.update()
+                every = self.config.checkpoint_every
+                if every and self.step % every == 0 and self.step < self.total_steps:
+                    self.checkpoint()
+        finally:
+            self._bar.close()
+            if self.config.tracker != "none":
+                self.accelerator.end_training()
 
     def reseed(self) -> None:
         """Set the random state (of dropout, say) to that of the step to come."""

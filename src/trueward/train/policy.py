@@ -41,12 +41,14 @@ from trueward.losses.policy import (
     value_clip_loss,
 )
 from trueward.models.backbone import can_share_prefixes, make_batch
-from trueward.models.policy import Policy, ValueModel
+from trueward.models.policy import Policy, ValueModel, energy_losses
 from trueward.models.reward_function import Reward, posterior_function
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
 from trueward.sampling import Sample, SamplingConfig, sample
+from trueward.train.alarm import AlarmConfig, Guard, Snapshots
 from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
+from trueward.train.signals import Monitor, Seen
 
 Objective = Callable[[RewardPosterior], Tensor]
 Evaluation = Callable[[Policy, int], dict[str, float]]
@@ -131,6 +133,8 @@ def train_policy(
     output_dir: str | Path | None = None,
     evaluation: Evaluation | None = None,
     refresh: Refresh | None = None,
+    alarm: AlarmConfig | None = None,
+    monitor: Reward | None = None,
 ) -> Policy:
     """Optimise the policy against a reward, less a KL penalty to where it started.
 
@@ -152,10 +156,20 @@ def train_policy(
         refresh: Called with (policy, step) after every `refresh_every` steps but the last; what it
             returns is the reward from then on. A resumed run asks once more for the last step's,
             with a policy that has moved on: what was made must stand in a folder of that step.
+        alarm: Watches the run without a gold reward, and may stop it; None watches nothing.
+        monitor: The reward that the alarm looks through; None for the one that is optimised.
 
     Raises:
         ValueError: A step in which no completion got a finite reward.
     """
+    watched = alarm is not None and alarm.action != "off"
+    if monitor is not None and not watched:
+        raise ValueError("A monitor is for an alarm: set the alarm's action, or leave it out.")
+    if watched and monitor is None and refresh is not None:
+        raise ValueError(
+            "A reward that is refreshed cannot watch its own policy, as its scale moves: give the "
+            "alarm a monitor of its own."
+        )
     if (refresh is None) != (config.refresh_every == 0):
         raise ValueError(
             "A reward that is refreshed needs both: `refresh`, which makes it, and refresh_every."
@@ -182,9 +196,15 @@ def train_policy(
     if ref is not None:
         ref.to(policy.device)
     metrics: dict[str, float] = {}
+    guard = None
+    if alarm is not None and watched:
+        monitor = reward if monitor is None else monitor
+        guard = _guard(alarm, monitor, policy, ref, texts, loop, config)
     if refresh is not None and loop.accelerator.num_processes > 1:
         raise ValueError("A reward is refreshed in one process: leave refresh_every at 0.")
     for step in loop.steps():
+        if guard is not None and guard.alarm is not None and "alarm" in (loop.state or {}):
+            guard.alarm.load_state_dict(loop.state["alarm"])
         due = (step - 1) // config.refresh_every * config.refresh_every if refresh else 0
         if refresh is not None and due > refreshed:
             posterior_of, refreshed = posterior_function(refresh(policy, due)), due
@@ -206,7 +226,8 @@ def train_policy(
         )
         asked = [texts[chosen[s.prompt_index]] for s in drawn]
         answers = [_as_completion(p, s) for p, s in zip(asked, drawn, strict=True)]
-        samples, posterior = _gathered(loop, drawn, posterior_of(asked, answers))
+        scored = posterior_of(asked, answers)
+        samples, posterior = _gathered(loop, drawn, scored)
         rewards, told = _rewards(objective, posterior, loop)
         scores = penalised(rewards.float(), samples, config)
         if not scores.isfinite().any():
@@ -219,14 +240,90 @@ def train_policy(
         if refresh is not None:
             told["refreshed_at"] = float(refreshed)
         metrics |= told
+        if guard is not None:
+            own = scored if monitor is reward else None
+            seen = guard.monitor.see(asked, answers, posterior=own)
+            others = _unmonitored_signals(policy, rollouts, metrics, config)
+            per_prompt = config.completions_per_prompt
+            metrics |= guard.look(
+                step, _gathered_seen(loop, drawn, seen), others, samples=per_prompt
+            )
+            if guard.alarm is not None:
+                loop.state = (loop.state or {}) | {"alarm": guard.alarm.state_dict()}
+            if guard.stops:
+                loop.log(metrics)
+                break
         metrics |= _learn(policy, critic, rollouts, advantages, returns, loop, config, step)
         every = config.evaluate_every
         if evaluation and (step == config.steps or (every and step % every == 0)):
             metrics |= evaluation(policy, step)
         loop.log(metrics, show=["reward", "kl/k1", "length"])
     policy.eval()
+    if guard is not None and guard.stops:
+        loop.accelerator.wait_for_everyone()  # the one that writes snapshots has written them
+        place = guard.go_back()
+        metrics["alarm/restored"] = float(place)
+        if evaluation is not None:
+            metrics |= evaluation(policy, place)
     loop.finish(metrics, policy.save_pretrained)
+    if guard is not None:
+        guard.snapshots.clear()
     return policy
+
+
+def _guard(
+    alarm: AlarmConfig,
+    monitor: Reward,
+    policy: Policy,
+    ref: Policy | None,
+    texts: Sequence[Prompt],
+    loop: Loop,
+    config: PolicyConfig,
+) -> Guard:
+    """Return the alarm's guard, who has seen what the reference policy writes.
+
+    It is drawn from the reference itself, so that a resumed run sees the same.
+    """
+    some = permutation(len(texts), config.seed, "alarm")[: alarm.reference_prompts]
+    asked = [texts[i] for i in some]
+    sampling = SamplingConfig(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        max_tokens=4 * config.max_batch_tokens,
+        seed=seed_of(config.seed, "alarm"),
+    )
+    with policy.adapter_off() if ref is None else contextlib.nullcontext(ref) as reference:
+        drawn = sample(reference, asked, sampling)
+    watcher = Monitor(monitor)
+    answers = [_as_completion(p, s) for p, s in zip(asked, drawn, strict=True)]
+    folder = loop.folder.path
+    snapshots = Snapshots(
+        policy,
+        None if folder is None else folder / "snapshots",
+        every=alarm.keep_every,
+        writes=loop.folder.writes,
+    )
+    return Guard(alarm, watcher, watcher.see(asked, answers), snapshots)
+
+
+def _unmonitored_signals(
+    policy: Policy, rollouts: Rollouts, metrics: dict[str, float], config: PolicyConfig
+) -> dict[str, float]:
+    """Return the signals that no monitor is needed for; the energy loss where layers are known."""
+    found = {name: metrics[key] for name, key in _UNMONITORED.items()}
+    losses = torch.zeros(len(rollouts.samples))
+    try:
+        for batch, where in packed_batches(
+            policy, rollouts.samples, range(len(rollouts.samples)), config.max_batch_tokens
+        ):
+            losses[where] = energy_losses(policy, batch).cpu()
+    except ValueError:  # a body whose list of layers cannot be told
+        return found
+    return found | {"energy_loss": losses.mean().item()}
+
+
+_UNMONITORED = {"length": "length", "kl": "kl/k1", "logprob": "logprob"}  # signal -> metric
 
 
 def _rewards(
@@ -242,10 +339,11 @@ def _rewards(
     if loop.state is not None:
         known = objective.state_dict()
         objective.load_state_dict(
-            {k: torch.tensor(v, dtype=known[k].dtype) for k, v in loop.state.items()}
+            {k: torch.tensor(v, dtype=known[k].dtype) for k, v in loop.state["objective"].items()}
         )
     rewards = objective(posterior, progress=loop.step / max(1, loop.total_steps - 1))
-    loop.state = {k: v.tolist() for k, v in objective.state_dict().items()}
+    state = {k: v.tolist() for k, v in objective.state_dict().items()}
+    loop.state = (loop.state or {}) | {"objective": state}
     return rewards, objective.metrics()
 
 
@@ -453,6 +551,18 @@ def _gathered(
     return [row[0] for row in rows], RewardPosterior(
         torch.tensor([row[1] for row in rows]), gathered_stds
     )
+
+
+def _gathered_seen(loop: Loop, drawn: list[Sample], seen: Seen) -> Seen:
+    """Return what the monitor sees of the completions of all processes, in prompt order."""
+    if loop.accelerator.num_processes == 1:
+        return seen
+    _, posterior = _gathered(loop, drawn, seen.posterior)
+    if seen.states is None:
+        return Seen(posterior, None)
+    rows = loop.gather(list(zip(drawn, seen.states.tolist(), strict=True)))
+    rows = sorted(rows, key=lambda row: row[0].prompt_index)
+    return Seen(posterior, torch.tensor([row[1] for row in rows]))
 
 
 def _rows(values: Tensor, where: list[int], batch: PackedBatch) -> Tensor:

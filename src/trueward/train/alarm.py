@@ -1,0 +1,358 @@
+"""The alarm: tells from signals without gold that a policy has passed the point where gold falls.
+
+Each signal (`train.signals`, and the length, KL, log-probability and energy loss of a step) is
+counted from its values over the run's first steps, in their standard deviations; a weighted sum is
+the score. The alarm is raised where the score, or its cumulative sum above a slack (CUSUM, Page
+1954, https://doi.org/10.1093/biomet/41.1-2.100), has exceeded a threshold in several steps running.
+Weights, threshold and the rest come from runs with a known gold (`evaluate.alarm.calibrate`).
+"""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trueward.data.sources import DataError
+from trueward.train.run_folder import write_text
+from trueward.train.signals import Monitor, Seen, signals_of
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "alarm/"  # of the signals and the score in a run's metrics
+SCORE = "score"
+# What a signal is called in metrics and calibrations; see `train.signals` for the first eight.
+SIGNALS = (
+    "gain",
+    "spread",
+    "gap",
+    "spread_share",
+    "disagreement",
+    "width",
+    "drift",
+    "outlyingness",
+    "length",  # tokens of a completion
+    "kl",  # k1 to the reference, nats a completion
+    "logprob",  # of a token, under the policy itself
+    "energy_loss",  # of the policy's last layer, see `models.policy.energy_losses`
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How signals become an alarm."""
+
+    weights: dict[str, float]  # of the standardised signals in the score
+    threshold: float  # of the score, or of its cumulative sum
+    # The least that a signal's values of the first steps are taken to vary, in its own units: few
+    # values tell little of how they vary.
+    floors: dict[str, float] = field(default_factory=dict)
+    window: int = 5  # first steps, from which the signals are counted; no alarm within them
+    patience: int = 1  # steps in a row
+    slack: float | None = None  # taken from the score before it is summed; None: nothing is summed
+    rewind: float = 1.0  # go back to the policy after this share of the updates before the alarm
+    note: str = ""  # where it comes from
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in (*self.weights, *self.floors) if name not in SIGNALS]
+        if unknown:
+            raise ValueError(f"'{unknown[0]}' is no signal; there are {', '.join(SIGNALS)}.")
+        if not any(self.weights.values()):
+            raise ValueError("weights must give at least one signal a weight other than 0.")
+        if any(not value > 0 for value in self.floors.values()):
+            raise ValueError(f"floors must be above 0, got {self.floors}.")
+        if self.window < 2:
+            raise ValueError(f"window must be at least 2 steps, got {self.window}.")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1 step, got {self.patience}.")
+        if not 0 <= self.rewind <= 1:
+            raise ValueError(f"rewind is a share in [0, 1], got {self.rewind}.")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be finite, got {self.threshold}.")
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(path), json.dumps(asdict(self), indent=2))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: The file is missing, or holds something else.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text("utf-8")))
+        except OSError as error:
+            raise DataError(f"The calibration {path} cannot be read: {error.strerror}.") from error
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path} holds no alarm's calibration: {error}") from error
+
+
+# What an alarm uses that is given no calibration. PLACEHOLDER, to be replaced by what
+# `trueward alarm` finds: the members' disagreement and the drift of the states, summed.
+DEFAULT = Calibration(
+    weights={"spread": 1.0, "drift": 1.0},
+    floors={"spread": 0.02, "drift": 0.005},
+    threshold=10.0,
+    patience=2,
+    note="not calibrated",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlarmConfig:
+    """Whether and how a policy's optimisation is watched."""
+
+    # log: signals and score are logged, nothing else. warn: one line when the alarm is raised.
+    # stop: the run ends there, with the policy that `Calibration.rewind` goes back to.
+    action: Literal["off", "log", "warn", "stop"] = "off"
+    calibration: str = ""  # JSON that `trueward alarm` wrote; empty: the one that ships
+    reference_prompts: int = 128  # answered by the reference policy: what its states look like
+    keep_every: int = 1  # steps between the snapshots that a stopped run goes back to
+
+    def __post_init__(self) -> None:
+        for name, least in (("reference_prompts", 2), ("keep_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+
+    def load(self) -> Calibration:
+        """Return the calibration that it names."""
+        return Calibration.load(self.calibration) if self.calibration else DEFAULT
+
+
+# ---- the statistic -----------------------------------------------------------------------------
+
+
+def standardised(value: float, first: Sequence[float], *, floor: float = 0.0) -> float:
+    """Count a value from the mean of the first ones, in their standard deviations (ddof 1).
+
+    Args:
+        value: Of this step.
+        first: Of the run's first steps, two at least.
+        floor: The least standard deviation; with 0, one of 1e-6 of the mean's size is assumed.
+    """
+    mean = sum(first) / len(first)
+    std = math.sqrt(sum((v - mean) ** 2 for v in first) / (len(first) - 1))
+    return (value - mean) / max(std, floor, 1e-6 * abs(mean), 1e-12)
+
+
+class Alarm:
+    """The state of an alarm over a run: a score at each step, and when it was raised.
+
+    Args:
+        calibration: How signals become an alarm.
+    """
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.first: dict[str, list[float]] = {name: [] for name in calibration.weights}
+        self.summed = 0.0
+        self.above = 0  # steps in a row
+        self.raised_at: int | None = None
+
+    def update(self, step: int, signals: Mapping[str, float]) -> float | None:
+        """Take in a step's signals; return what is held against the threshold.
+
+        None within the window. Once raised, the alarm stays raised.
+
+        Raises:
+            ValueError: A signal with a weight is missing or not finite.
+        """
+        rules = self.calibration
+        for name in rules.weights:
+            if not math.isfinite(signals.get(name, math.nan)):
+                here = ", ".join(sorted(n for n, v in signals.items() if math.isfinite(v)))
+                raise ValueError(
+                    f"The alarm's calibration reads the signal '{name}', which step {step} has not "
+                    f"({here or 'it has none'}): give a monitor that has it, or another "
+                    "calibration."
+                )
+        if any(len(values) < rules.window for values in self.first.values()):
+            for name, values in self.first.items():
+                values.append(float(signals[name]))
+            return None
+        score = sum(
+            weight
+            * standardised(signals[name], self.first[name], floor=rules.floors.get(name, 0.0))
+            for name, weight in rules.weights.items()
+        )
+        if rules.slack is not None:
+            self.summed = score = max(0.0, self.summed + score - rules.slack)
+        self.above = self.above + 1 if score > rules.threshold else 0
+        if self.above >= rules.patience and self.raised_at is None:
+            self.raised_at = step
+        return score
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know, as JSON."""
+        return {
+            "first": {name: list(values) for name, values in self.first.items()},
+            "summed": self.summed,
+            "above": self.above,
+            "raised_at": self.raised_at,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.first = {name: list(values) for name, values in state["first"].items()}
+        self.summed, self.above = state["summed"], state["above"]
+        self.raised_at = state["raised_at"]
+
+
+# ---- going back --------------------------------------------------------------------------------
+
+
+class Snapshots:
+    """Trained weights at some places of a run, in a folder, or in memory where there is none.
+
+    A place is a number of updates: 0 is the policy that the run started from.
+
+    Args:
+        module: Whose trained parameters are kept.
+        folder: None for memory, which a killed run loses; it has no checkpoint either.
+        every: Places that are kept.
+        writes: Whether this process writes, of several.
+    """
+
+    def __init__(
+        self, module: nn.Module, folder: Path | None, *, every: int, writes: bool = True
+    ) -> None:
+        self._module, self._folder = module, folder
+        self._every, self._writes = every, writes
+        self._kept: dict[int, dict[str, Tensor]] = {}
+
+    def keep(self, place: int, *, needed_from: int) -> None:
+        """Keep the weights as they are now; drop what is never needed from `needed_from` on."""
+        if place % self._every == 0:
+            tensors = {n: p.detach().cpu().clone() for n, p in self._trained()}
+            if self._folder is None:
+                self._kept[place] = tensors
+            elif self._writes:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                draft = self._folder / "draft.tmp"
+                save_file({k: v.contiguous() for k, v in tensors.items()}, draft)
+                draft.replace(self._file(place))
+        last = max((p for p in self._places() if p <= needed_from), default=0)
+        for old in self._places():
+            if old < last:
+                self._kept.pop(old, None)
+                if self._folder is not None and self._writes:
+                    self._file(old).unlink()
+
+    def restore(self, place: int) -> int:
+        """Put back the last weights that were kept at or before a place; return theirs."""
+        found = max(p for p in self._places() if p <= place)
+        tensors = self._kept.get(found) or load_file(self._file(found))
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(tensors[name])
+        return found
+
+    def clear(self) -> None:
+        """Drop all of them."""
+        self._kept.clear()
+        if self._folder is not None and self._writes:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self._module.named_parameters() if p.requires_grad]
+
+    def _places(self) -> list[int]:
+        if self._folder is None:
+            return sorted(self._kept)
+        return sorted(int(file.stem) for file in self._folder.glob("*.safetensors"))
+
+    def _file(self, place: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{place:06d}.safetensors"
+
+
+# ---- in the loop -------------------------------------------------------------------------------
+
+
+class Guard:
+    """An alarm in a policy's optimisation: asked once in each step, before it learns.
+
+    A step's completions are those of the policy after all steps before it: an alarm raised in step
+    t is about the policy of place t - 1.
+
+    Args:
+        config: Options.
+        monitor: Who watches.
+        reference: What the monitor sees of the reference policy's completions.
+        snapshots: Where a stopped run finds the policy that it goes back to.
+    """
+
+    def __init__(
+        self, config: AlarmConfig, monitor: Monitor, reference: Seen, snapshots: Snapshots
+    ) -> None:
+        self.config, self.monitor, self.reference = config, monitor, reference
+        self.snapshots = snapshots
+        # What is only logged must not need the signals of any calibration.
+        self.alarm = None if config.action == "log" else Alarm(config.load())
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is to end now."""
+        raised = self.alarm is not None and self.alarm.raised_at is not None
+        return raised and self.config.action == "stop"
+
+    def look(
+        self, step: int, seen: Seen, others: Mapping[str, float], *, samples: int
+    ) -> dict[str, float]:
+        """Take in a step's completions; return what to log.
+
+        Args:
+            step: 1-based.
+            seen: What the monitor sees of the step's completions, those of a prompt in a row.
+            others: Signals that no monitor is needed for.
+            samples: Completions of each prompt.
+        """
+        signals = signals_of(seen, self.reference, samples=samples) | dict(others)
+        metrics = {f"{PREFIX}{name}": value for name, value in signals.items()}
+        if self.alarm is None:
+            return metrics
+        if self.config.action == "stop":
+            share = self.alarm.calibration.rewind
+            self.snapshots.keep(step - 1, needed_from=math.floor(share * (step - 1)))
+        was_raised = self.alarm.raised_at is not None
+        score = self.alarm.update(step, signals)
+        if score is not None:
+            metrics[PREFIX + SCORE] = score
+        if self.alarm.raised_at is not None:
+            metrics[f"{PREFIX}raised_at"] = float(self.alarm.raised_at)
+            if not was_raised:
+                self._tell(step, score)
+        return metrics
+
+    def go_back(self) -> int:
+        """Put back the policy that the run ends with; return its place."""
+        assert self.alarm is not None
+        assert self.alarm.raised_at is not None
+        wanted = math.floor(self.alarm.calibration.rewind * (self.alarm.raised_at - 1))
+        place = self.snapshots.restore(wanted)
+        logger.warning("The policy is the one after %d steps.", place)
+        return place
+
+    def _tell(self, step: int, score: float | None) -> None:
+        assert self.alarm is not None
+        assert score is not None
+        rules = self.alarm.calibration
+        logger.warning(
+            "Alarm in step %d: %s stands at %.3g, above %.3g in %d step(s) running: the policy has "
+            "likely passed the point where its true worth falls.",
+            step,
+            " and ".join(name for name, weight in rules.weights.items() if weight),
+            score,
+            rules.threshold,
+            rules.patience,
+        )
