@@ -18,6 +18,7 @@ from trueward.commands.training import (
     sft,
 )
 from trueward.config import parse
+from trueward.lab.alarm import AlarmStudyConfig, run_alarm
 from trueward.lab.compare import run_compare
 from trueward.lab.demo import DemoConfig, run_demo
 from trueward.lab.families import FamiliesConfig, run_families
@@ -38,6 +39,7 @@ RUNS: dict[str, tuple[type, Callable[..., object]]] = {
     "evaluate": (EvaluateCommand, evaluate),
     "average": (AverageCommand, average),
     "compare": (CompareConfig, run_compare),
+    "alarm": (AlarmStudyConfig, run_alarm),
     "families": (FamiliesConfig, run_families),
     "refinements": (RefinementsConfig, run_refinements),
     "report": (ReportCommand, report),

@@ -51,6 +51,7 @@ from trueward.refine.refinement import (
 from trueward.refine.spg import SPGConfig, prompt_routes
 from trueward.report.run import report_run
 from trueward.sampling import fitting_prompts, read_samples
+from trueward.train.alarm import AlarmConfig
 from trueward.train.families import FamilyConfig, Maker, train_family
 from trueward.train.loop import seed_of
 from trueward.train.policy import PolicyConfig, train_policy
@@ -168,8 +169,13 @@ class PolicyCommand:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataOptions = field(default_factory=DataOptions)
     train: PolicyConfig = field(default_factory=PolicyConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
+    # What the alarm looks through, named as `reward` is; empty: the reward itself.
+    monitor: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.monitor and self.alarm.action == "off":
+            raise ValueError("A monitor is for the alarm: set alarm.action, or leave it out.")
         if self.train.refresh_every:
             raise ValueError(
                 "A reward is refreshed from preferences and samples, which this command has not: "
@@ -185,6 +191,9 @@ def policy(config: PolicyCommand) -> None:
     writer = Policy.from_pretrained(config.policy, lora_rank=config.lora_rank)
     rows = fitting_prompts(writer, loaded.rows, loaded.report)
     reward_function = load_reward(config.reward)
+    monitor = load_reward(config.monitor) if config.monitor else None
+    if config.alarm.action not in ("off", "log"):
+        config.alarm.load()  # a file that cannot be read is told before anything is done
     start(config, "policy")
     train_policy(
         writer,
@@ -193,6 +202,8 @@ def policy(config: PolicyCommand) -> None:
         config.train,
         objective=config.objective.build(),
         output_dir=config.output_dir,
+        alarm=config.alarm,
+        monitor=monitor,
     )
     tell(config.output_dir, loaded)
 

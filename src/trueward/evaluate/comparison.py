@@ -453,6 +453,11 @@ def pooled_reliability(method: MethodRuns, *, bins: int = 10) -> PooledReliabili
 # --- arithmetic ---
 
 
+def estimate_of(values: Sequence[float]) -> Estimate:
+    """Return the mean of one value for each seed, with Student's interval."""
+    return _estimate(torch.tensor(values, dtype=torch.float64))
+
+
 def _estimate(
     values: Float[Tensor, " seed"], sems: Float[Tensor, " seed"] | None = None
 ) -> Estimate:

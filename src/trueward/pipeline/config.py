@@ -83,6 +83,7 @@ class RLPConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)  # in every policy's run
     samples: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=10))
     spg: SPGConfig = field(default_factory=SPGConfig)
     uml: MultiViewConfig = field(default_factory=MultiViewConfig)
@@ -142,6 +143,11 @@ class RLPConfig:
             raise ValueError(
                 "warm_start trains one model on: it is for family=single and heads, got "
                 f"family={self.family.family}."
+            )
+        if self.policy.refresh_every and self.alarm.action != "off":
+            raise ValueError(
+                "A reward that is refreshed cannot watch its own policy, as its scale moves: leave "
+                "policy.refresh_every or the alarm out."
             )
         if self.policy.refresh_every and self.policy.bf16 != self.reward.bf16:
             raise ValueError(

@@ -153,6 +153,7 @@ def policy_stage(
             options,
             objective=config.objective.build(),
             output_dir=out,
+            alarm=config.alarm,
             refresh=(
                 refinement.refresher(reward, out)
                 if refinement is not None and options.refresh_every

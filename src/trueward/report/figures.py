@@ -194,6 +194,57 @@ def overoptimization_figure(
     return figure
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A vertical line at one place of a curve."""
+
+    name: str
+    x: float | int
+    style: Literal["solid", "dashed", "dotted"]
+
+
+def marked_figure(
+    panels: Mapping[str, tuple[Curve, Sequence[Mark]]], *, title: str, x_label: str, y_label: str
+) -> Figure:
+    """Curves with vertical marks, each in a panel of its own, three beside each other.
+
+    Args:
+        panels: By name, which stands above each where there are several.
+        title: Of the figure; empty for none.
+        x_label: What x is.
+        y_label: What y is.
+    """
+    _require_curves([curve for curve, _ in panels.values()])
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (2.6 * columns if columns > 1 else 4.5, 2.0 * rows + 0.9 if len(panels) > 1 else 3.2)
+    figure = _figure(width=size[0], height=size[1])
+    if title:
+        _head(figure, title)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    several = len(panels) > 1
+    for index, (name, (curve, marks)) in enumerate(panels.items()):
+        axes = grid[index]
+        color = _series_color(curve, 0)
+        _draw(axes, curve, color)
+        for mark in marks:
+            axes.axvline(mark.x, color=INK, linewidth=1.1, linestyle=mark.style, alpha=0.85)
+        _dress(
+            axes,
+            title=name if several else "",
+            x_label=x_label if index + columns >= len(panels) else "",
+            y_label=y_label if index % columns == 0 else "",
+            weight="normal",
+        )
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    known = {mark.name: mark.style for _, marks in panels.values() for mark in marks}
+    lines = [(Line2D([], [], color=INK, lw=1.1, ls=style), name) for name, style in known.items()]
+    if lines:
+        _legend(figure, lines)
+    return figure
+
+
 def peak_and_end_figure(
     names: Sequence[str],
     *,

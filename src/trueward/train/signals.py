@@ -155,8 +155,9 @@ def outlyingness(
 ) -> float:
     """Squared Mahalanobis distance to the reference's states over their number of dimensions.
 
-    The mean over completions: about 1 for the reference itself. The covariance is shrunk by
-    `SHRINKAGE` towards the identity times its mean variance, so that few states suffice.
+    The mean over completions: for the reference itself 1 where all dimensions vary alike, less
+    where few carry the variance. The covariance is shrunk by `SHRINKAGE` towards the identity times
+    its mean variance, so that few states suffice.
     """
     x, y = states.double(), reference.double()
     mean, size = y.mean(0), y.shape[1]
