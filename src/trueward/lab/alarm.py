@@ -117,14 +117,13 @@ def read_runs(world: str, folder: Path) -> list[WatchedRun]:
             f"{folder} holds no comparison ({error.strerror}): run `trueward compare` with a "
             "monitor first."
         ) from error
+    there = sorted(cells.name for cells in (folder / "cells").glob("*"))
+    order = [name for name in config.get("methods") or {} if name in there]
     found = []
-    for name, method in (config.get("methods") or {}).items():
-        if method["optimiser"] not in TRAINED:
-            continue
-        for cell in sorted((folder / "cells" / name).glob("seed-*"), key=_seed_of):
-            run = _read_run(world, name, cell, gold_is_reward=method["reward"] == "gold")
-            if run is not None:
-                found.append(run)
+    for name in dict.fromkeys([*order, *there]):  # earlier calls may have had other methods
+        cells = sorted((folder / "cells" / name).glob("seed-*"), key=_seed_of)
+        runs = [_read_run(world, name, cell) for cell in cells]
+        found += [run for run in runs if run is not None]
     if not found:
         raise DataError(
             f"{folder} has no finished cell whose training was watched: run `trueward compare` "
@@ -133,9 +132,12 @@ def read_runs(world: str, folder: Path) -> list[WatchedRun]:
     return found
 
 
-def _read_run(world: str, method: str, cell: Path, *, gold_is_reward: bool) -> WatchedRun | None:
-    """Return a cell's run; None where it is not finished or was not watched."""
+def _read_run(world: str, method: str, cell: Path) -> WatchedRun | None:
+    """Return a cell's run; None where it is not finished, trains no policy or was not watched."""
     if finished_summary(cell) is None:
+        return None
+    made_of = yaml.safe_load((cell / "config.yaml").read_text("utf-8"))["stage"]["method"]
+    if made_of["optimiser"] not in TRAINED:
         return None
     points = json.loads((cell / "result.json").read_text("utf-8"))["points"]
     lines = (cell / "training" / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -147,7 +149,7 @@ def _read_run(world: str, method: str, cell: Path, *, gold_is_reward: bool) -> W
         world=world,
         method=method,
         seed=_seed_of(cell),
-        gold_is_reward=gold_is_reward,
+        gold_is_reward=made_of["reward"] == "gold",
         signals={name: [step[f"{PREFIX}{name}"] for step in steps] for name in names},
         places=[int(point["step"]) for point in points],
         gold=[point["gold"] for point in points],

@@ -15,6 +15,7 @@ from trueward.refine.refinement import (
 )
 from trueward.refine.spg import SPGConfig
 from trueward.sampling import SamplingConfig
+from trueward.train.alarm import AlarmConfig
 from trueward.train.families import (
     FamilyConfig,
 )
