@@ -60,7 +60,9 @@ def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
         DataError: A folder holds no watched runs, or no seeds are left for one of the two parts.
     """
     if not config.worlds:
-        raise DataError("There is nothing to read: name comparisons under `worlds:`.")
+        raise DataError(
+            "There is nothing to read: name comparisons under `worlds:`, or a --setting."
+        )
     runs = {name: read_runs(name, Path(world.folder)) for name, world in config.worlds.items()}
     chosen: list[WatchedRun] = []
     others: list[WatchedRun] = []

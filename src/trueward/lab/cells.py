@@ -29,6 +29,7 @@ from trueward.lab.language import (
     pool_posterior,
     read_pool,
     reward_of,
+    reward_specs,
     scale_of,
     told_of,
 )
@@ -41,6 +42,7 @@ from trueward.train.alarm import AlarmConfig
 from trueward.train.loop import seed_of
 from trueward.train.policy import train_policy
 from trueward.train.run_folder import RunFolder, finished_summary, write_text
+from trueward.train.signals import Monitor
 
 Objective = Callable[[RewardPosterior], Tensor]
 
@@ -113,7 +115,7 @@ def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path)
             output_dir=folder / "training",
             evaluation=evaluate,
             alarm=AlarmConfig(action="log") if lab.monitor else None,
-            monitor=[load_member(lab, seed, spec) for spec in monitor_specs(lab)] or None,
+            monitor=monitor_of(lab, method, seed, reward) if lab.monitor else None,
         )
     trained = finished_summary(folder / "training")
     assert trained is not None
@@ -127,6 +129,14 @@ def optimise_cell(lab: Lab, method: Method, seed: int, steps: int, folder: Path)
         agreements=told_of(lab, seed, reward, objective),
     )
     write_result(run, folder, result)
+
+
+def monitor_of(lab: Lab, method: Method, seed: int, reward: RewardOf) -> Monitor:
+    """Return the ensemble that watches a seed's policies; it may be what is optimised."""
+    specs = monitor_specs(lab)
+    models = [load_member(lab, seed, spec) for spec in specs]
+    same = reward_specs(method) == specs
+    return Monitor(models, posterior=reward.posterior if same else None)
 
 
 def best_of_n_cell(lab: Lab, method: Method, seed: int, folder: Path) -> None:

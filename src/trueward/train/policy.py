@@ -134,7 +134,7 @@ def train_policy(
     evaluation: Evaluation | None = None,
     refresh: Refresh | None = None,
     alarm: AlarmConfig | None = None,
-    monitor: Reward | None = None,
+    monitor: Reward | Monitor | None = None,
 ) -> Policy:
     """Optimise the policy against a reward, less a KL penalty to where it started.
 
@@ -196,10 +196,11 @@ def train_policy(
     if ref is not None:
         ref.to(policy.device)
     metrics: dict[str, float] = {}
-    guard = None
+    guard, asks_twice = None, True
     if alarm is not None and watched:
-        monitor = reward if monitor is None else monitor
-        guard = _guard(alarm, monitor, policy, ref, texts, loop, config)
+        watcher = monitor if isinstance(monitor, Monitor) else Monitor(monitor or reward)
+        asks_twice = monitor is not None and watcher.posterior is not reward
+        guard = _guard(alarm, watcher, policy, ref, texts, loop, config)
     if refresh is not None and loop.accelerator.num_processes > 1:
         raise ValueError("A reward is refreshed in one process: leave refresh_every at 0.")
     for step in loop.steps():
@@ -241,8 +242,7 @@ def train_policy(
             told["refreshed_at"] = float(refreshed)
         metrics |= told
         if guard is not None:
-            own = scored if monitor is reward else None
-            seen = guard.monitor.see(asked, answers, posterior=own)
+            seen = guard.monitor.see(asked, answers, posterior=None if asks_twice else scored)
             others = _unmonitored_signals(policy, rollouts, metrics, config)
             per_prompt = config.completions_per_prompt
             metrics |= guard.look(
@@ -273,7 +273,7 @@ def train_policy(
 
 def _guard(
     alarm: AlarmConfig,
-    monitor: Reward,
+    monitor: Monitor,
     policy: Policy,
     ref: Policy | None,
     texts: Sequence[Prompt],
@@ -295,7 +295,6 @@ def _guard(
     )
     with policy.adapter_off() if ref is None else contextlib.nullcontext(ref) as reference:
         drawn = sample(reference, asked, sampling)
-    watcher = Monitor(monitor)
     answers = [_as_completion(p, s) for p, s in zip(asked, drawn, strict=True)]
     folder = loop.folder.path
     snapshots = Snapshots(
@@ -304,7 +303,7 @@ def _guard(
         every=alarm.keep_every,
         writes=loop.folder.writes,
     )
-    return Guard(alarm, watcher, watcher.see(asked, answers), snapshots)
+    return Guard(alarm, monitor, monitor.see(asked, answers), snapshots)
 
 
 def _unmonitored_signals(

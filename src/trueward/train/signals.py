@@ -42,10 +42,12 @@ class Monitor:
 
     Args:
         reward: A reward model, several, or a function, whose completions have no states.
+        posterior: A function that asks the same members: where it is what is optimised, nobody is
+            asked twice.
     """
 
-    def __init__(self, reward: Reward) -> None:
-        self.posterior: PosteriorFunction = posterior_function(reward)
+    def __init__(self, reward: Reward, *, posterior: PosteriorFunction | None = None) -> None:
+        self.posterior: PosteriorFunction = posterior or posterior_function(reward)
         models = [reward] if isinstance(reward, RewardModel) else reward
         self._reads: RewardModel | None = None
         if isinstance(models, Sequence):

@@ -1,0 +1,242 @@
+"""`trueward alarm` on stored runs, and cells that are watched."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trueward.cli import main
+from trueward.data.sources import DataError
+from trueward.evaluate.alarm import true_peak
+from trueward.lab.alarm import AlarmStudyConfig, WatchedWorld, read_runs, run_alarm
+from trueward.lab.grammar import GrammarWorld
+from trueward.lab.language import LanguageConfig
+from trueward.lab.methods import Method
+from trueward.lab.plan import MAY_CHANGE, CompareConfig, cell_tasks, check
+from trueward.train.alarm import SIGNALS, Calibration
+from trueward.train.run_folder import RunFolder
+
+
+def write_cell(
+    out: Path, method: str, seed: int, *, reward: str = "learned", optimiser: str = "rloo"
+) -> None:
+    """Write a cell as `compare` leaves it: gold that falls from place 20 on unless it is reward."""
+    cell = out / "cells" / method / f"seed-{seed}"
+    (cell / "training").mkdir(parents=True)
+    falls = reward != "gold"
+    made_of = {"stage": {"method": {"reward": reward, "optimiser": optimiser}}}
+    (cell / "config.yaml").write_text(yaml.safe_dump(made_of))
+    gold = [0.05 * p if p <= 20 or not falls else 1.0 - 0.5 * (p - 20) for p in range(0, 41, 2)]
+    points = [{"step": 2.0 * i, "gold": g} for i, g in enumerate(gold)]
+    (cell / "result.json").write_text(json.dumps({"points": points}))
+    rows = []
+    for p in range(40):
+        wiggle = 0.1 * ((7 * p + seed) % 5)
+        jump = wiggle + (3.0 if falls and p >= 18 else 0.0)
+        row = {"step": p + 1, "reward": 1.0, "alarm/spread": jump, "alarm/kl": p * (1 + seed % 3)}
+        rows.append(json.dumps(row | {"alarm/gain": 0.1 * p} if p else row))
+    (cell / "training" / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    (cell / "summary.json").write_text("{}")
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    out = tmp_path / "runs"
+    out.mkdir()
+    (out / "config.yaml").write_text(
+        yaml.safe_dump({"methods": {"single": {}, "gold": {}}}, sort_keys=False)
+    )
+    for seed in range(5):
+        write_cell(out, "single", seed)
+        write_cell(out, "gold", seed, reward="gold")
+    write_cell(out, "bon", 0, optimiser="best_of_n")
+    write_cell(out, "earlier", 0)  # of a call with other methods
+    return out
+
+
+def test_runs_are_read_from_finished_cells_of_trained_policies(stored: Path) -> None:
+    (stored / "cells" / "single" / "seed-4" / "summary.json").unlink()
+    runs = read_runs("w", stored)
+    assert [(r.method, r.seed) for r in runs] == [
+        *[("single", s) for s in range(4)],
+        *[("gold", s) for s in range(5)],
+        ("earlier", 0),
+    ]
+    assert [r.gold_is_reward for r in runs] == [False] * 4 + [True] * 5 + [False]
+    assert set(runs[0].signals) == {"spread", "kl"}  # `gain` is not there at every step
+    assert runs[1].signals["kl"][:3] == [0, 2, 4]
+    assert true_peak(runs[0]).place == 18
+
+
+def test_the_study_calibrates_on_some_seeds_and_judges_the_others(
+    stored: Path, tmp_path: Path
+) -> None:
+    worlds = {"w": WatchedWorld(folder=str(stored), calibration_seeds=[0, 1])}
+    config = AlarmStudyConfig(output_dir=str(tmp_path / "study"), worlds=worlds)
+    summary = run_alarm(config)
+    assert summary["metrics"]["runs"] == 6
+    assert summary["metrics"]["falling"] == 3
+    assert summary["metrics"]["at_peak"] == 3
+    assert summary["metrics"]["gold_as_reward"] == 3
+    assert summary["metrics"]["false_alarms"] == 0
+    alarm = Calibration.load(tmp_path / "study" / "alarm.json")
+    assert list(alarm.weights) == ["spread"]
+    found = json.loads((tmp_path / "study" / "outcomes.json").read_text())
+    assert {(o["method"], o["seed"]) for o in found["judged"]} == {
+        (m, s) for m in ("single", "gold") for s in (2, 3, 4)
+    }
+    assert len(found["calibration"]) == 5
+    table = (tmp_path / "study" / "table.md").read_text()
+    assert "| w | single | 3 | 3 | 3 of 3 | 3 of 3 | 0 of 3 |" in table
+    assert "| w | gold | 3 | 0 |  |  |  | 0 of 3 |" in table
+    assert (tmp_path / "study" / "figures" / "gold_and_alarm.png").stat().st_size > 1000
+    assert "<svg" in (tmp_path / "study" / "report.html").read_text()
+    run_alarm(config)  # the same folder again
+
+
+def test_a_study_without_either_part_is_refused(stored: Path, tmp_path: Path) -> None:
+    def study(**options: Any) -> None:
+        worlds = {"w": WatchedWorld(folder=str(stored), **options)}
+        run_alarm(AlarmStudyConfig(output_dir=str(tmp_path / "study"), worlds=worlds))
+
+    with pytest.raises(DataError, match="0 runs are for the calibration and 11 for the judgement"):
+        study()
+    with pytest.raises(DataError, match="11 runs are for the calibration and 0"):
+        study(calibration_seeds=list(range(5)))
+    with pytest.raises(DataError, match="nothing to read"):
+        run_alarm(AlarmStudyConfig(output_dir=str(tmp_path / "study")))
+    with pytest.raises(DataError, match="holds no comparison"):
+        read_runs("w", tmp_path / "nowhere")
+    shutil.rmtree(stored / "cells")
+    with pytest.raises(DataError, match="no finished cell whose training was watched"):
+        read_runs("w", stored)
+
+
+def test_a_world_that_lacks_the_chosen_signal_is_told(stored: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(stored, other)
+    for file in other.glob("cells/*/*/training/metrics.jsonl"):
+        file.write_text(file.read_text().replace("alarm/spread", "alarm/width"))
+    worlds = {
+        "w": WatchedWorld(folder=str(stored), calibration_seeds=[0, 1]),
+        "v": WatchedWorld(folder=str(other)),
+    }
+    config = AlarmStudyConfig(output_dir=str(tmp_path / "study"), worlds=worlds)
+    with pytest.raises(DataError, match="v has none of the signals spread"):
+        run_alarm(config)
+
+
+def test_options_of_the_study_are_checked() -> None:
+    with pytest.raises(ValueError, match="'joy' is no signal"):
+        AlarmStudyConfig(signals=["joy"])
+    with pytest.raises(ValueError, match="max_false_alarms is a share"):
+        AlarmStudyConfig(max_false_alarms=1.5)
+    with pytest.raises(ValueError, match="window must be at least 2"):
+        AlarmStudyConfig(window=1)
+
+
+def test_the_recipes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = Path(__file__).parents[2] / "recipes"
+    monkeypatch.chdir(tmp_path)
+    # Read whole, then refused for want of runs: exit code 2 and one sentence.
+    assert main(["alarm", "--config", str(recipes / "alarm.yaml"), "--setting", "full"]) == 2
+
+
+# ---- watched cells -----------------------------------------------------------------------------
+
+
+def config_of(out: Path, **options: Any) -> CompareConfig:
+    sizes = LanguageConfig(
+        pairs=30,
+        held_out_pairs=10,
+        reward_epochs=0.5,
+        steps=2,
+        prompts_per_step=3,
+        completions_per_prompt=2,
+        training_prompts=6,
+        evaluate_every=1,
+        evaluation_prompts=4,
+        max_batch_tokens=2048,
+    )
+    methods = {
+        "single": Method(),
+        "mean": Method(members=2),
+        "gold": Method(reward="gold"),
+    }
+    chosen: dict[str, Any] = {
+        "output_dir": str(out),
+        "seeds": 1,
+        "processes": 1,
+        "methods": methods,
+        "grammar": GrammarWorld(demonstrations_count=40, max_new_tokens=8),
+        "language": sizes,
+    }
+    return CompareConfig(**(chosen | options))
+
+
+def test_a_monitor_s_models_are_trained_for_policies_alone() -> None:
+    def members(config: CompareConfig) -> set[str]:
+        names = {task.name for task in cell_tasks(config, 2)}
+        return {n.split("/")[-1] for n in names if "/rewards/" in n}
+
+    gold = {"gold": Method(reward="gold")}
+    assert members(config_of(Path("x"), methods=gold)) == set()
+    assert members(config_of(Path("x"), methods=gold, monitor=3)) == {"deep-0", "deep-1", "deep-2"}
+    chooses = {"bon": Method(optimiser="best_of_n")}
+    assert members(config_of(Path("x"), methods=chooses, monitor=3)) == {"deep-0"}
+
+
+def test_a_monitor_is_for_worlds_of_language() -> None:
+    closed = {"single": Method(optimiser="closed_form")}
+    with pytest.raises(DataError, match="monitor is a number of reward models"):
+        check(CompareConfig(world="exact", methods=closed, monitor=2))
+    with pytest.raises(DataError, match="monitor is a number of reward models"):
+        check(config_of(Path("x"), monitor=-1))
+
+
+def finish(config: CompareConfig) -> None:
+    """Do every task of a comparison here, without its page."""
+    for task in cell_tasks(config, config.language.steps):
+        task.function(*task.arguments)
+
+
+def test_watched_cells_log_every_signal_and_are_otherwise_the_same(tmp_path: Path) -> None:
+    watched, plain = (config_of(tmp_path / n, monitor=m) for n, m in (("watched", 2), ("plain", 0)))
+    finish(watched)
+    (tmp_path / "watched" / "config.yaml").write_text("methods: {}")
+    shutil.copytree(tmp_path / "watched" / "ground", tmp_path / "plain" / "ground")
+    shutil.copytree(tmp_path / "watched" / "shared", tmp_path / "plain" / "shared")
+    finish(plain)  # on the same ground, as the stages before the cells know no monitor
+    runs = {r.method: r for r in read_runs("w", tmp_path / "watched")}
+    assert set(runs) == {"single", "mean", "gold"}
+    for name, run in runs.items():
+        assert set(run.signals) == set(SIGNALS)
+        points = [
+            json.loads((tmp_path / kind / "cells" / name / "seed-0" / "result.json").read_text())
+            for kind in ("plain", "watched")
+        ]
+        assert points[0]["points"] == points[1]["points"]
+    # The mean's own reward is the monitor: what it is optimised by is what is seen.
+    file = tmp_path / "watched" / "cells" / "mean" / "seed-0" / "training" / "metrics.jsonl"
+    for row in map(json.loads, file.read_text().splitlines()):
+        assert row["alarm/spread"] == pytest.approx(row["objective/member_std"])
+    assert runs["single"].signals["spread"][0] == pytest.approx(runs["mean"].signals["spread"][0])
+    # Cells without a monitor are what they were: no key of it stands in their configuration.
+    made_of = (tmp_path / "plain" / "cells" / "gold" / "seed-0" / "config.yaml").read_text()
+    assert "monitor" not in made_of
+    # Finished cells are not watched afterwards: that is told, not done in silence.
+    with pytest.raises(DataError, match="monitor"):
+        finish(config_of(tmp_path / "plain", monitor=2))
+
+
+def test_a_comparison_of_before_monitors_goes_on(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    RunFolder(tmp_path, command="compare", config=config, free=MAY_CHANGE)
+    saved = tmp_path / "config.yaml"
+    before = yaml.safe_load(saved.read_text())
+    assert before.pop("monitor") == 0
+    saved.write_text(yaml.safe_dump(before))
+    RunFolder(tmp_path, command="compare", config=config, free=MAY_CHANGE)
