@@ -260,7 +260,8 @@ def test_an_outcome_by_hand() -> None:
     assert judge(run_of(HILL), found_by_kl(3.0)).at_peak
     back = judge(run_of(HILL), found_by_kl(4.0, rewind=0.8))
     assert (back.raised_at, back.kept, back.gold_alarm) == (6, 4, pytest.approx(gold[4]))
-    assert not back.at_peak  # the alarm's moment counts, not where it goes back to
+    assert (back.at_peak, back.kept_at_peak) == (False, True)  # its moment, and its policy
+    assert (o.at_peak, o.kept_at_peak) == (False, False)
 
 
 def test_a_peak_is_hit_within_a_fifth_on_either_side() -> None:
@@ -301,6 +302,7 @@ def test_a_summary_counts_runs_and_compares_in_pairs() -> None:
         ]
     )
     assert (s.runs, s.falling, s.raised, s.at_peak, s.early, s.false) == (4, 3, 2, 1, 1, 1)
+    assert s.kept_at_peak == 2
     assert s.less_none.mean == pytest.approx((4 + 7 + 4 + 5) / 4)
     assert s.less_none.half_width == pytest.approx(3.182446 * math.sqrt(2) / 2, rel=1e-5)
     assert s.less_oracle.mean == pytest.approx(-1.0)

@@ -90,8 +90,8 @@ def test_the_study_calibrates_on_some_seeds_and_judges_the_others(
     }
     assert len(found["calibration"]) == 5
     table = (tmp_path / "study" / "table.md").read_text()
-    assert "| w | single | 3 | 3 | 3 of 3 | 3 of 3 | 0 of 3 |" in table
-    assert "| w | gold | 3 | 0 |  |  |  | 0 of 3 |" in table
+    assert "| w | single | 3 | 3 | 3 of 3 | 3 of 3 | 3 of 3 | 0 of 3 |" in table
+    assert "| w | gold | 3 | 0 |  |  |  |  | 0 of 3 |" in table
     assert (tmp_path / "study" / "figures" / "gold_and_alarm.png").stat().st_size > 1000
     assert "<svg" in (tmp_path / "study" / "report.html").read_text()
     run_alarm(config)  # the same folder again
@@ -115,7 +115,9 @@ def test_a_study_without_either_part_is_refused(stored: Path, tmp_path: Path) ->
         read_runs("w", stored)
 
 
-def test_a_world_that_lacks_the_chosen_signal_is_told(stored: Path, tmp_path: Path) -> None:
+def test_a_world_that_lacks_the_chosen_signal_gets_an_alarm_of_its_own(
+    stored: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(stored, other)
     for file in other.glob("cells/*/*/training/metrics.jsonl"):
@@ -125,8 +127,18 @@ def test_a_world_that_lacks_the_chosen_signal_is_told(stored: Path, tmp_path: Pa
         "v": WatchedWorld(folder=str(other)),
     }
     config = AlarmStudyConfig(output_dir=str(tmp_path / "study"), worlds=worlds)
-    with pytest.raises(DataError, match="v has none of the signals spread"):
-        run_alarm(config)
+    run_alarm(config)
+    assert list(Calibration.load(tmp_path / "study" / "alarm.json").weights) == ["spread"]
+    # All that both have is the KL, which knows little: it is used all the same, and said.
+    own = Calibration.load(tmp_path / "study" / "alarm_v.json")
+    assert list(own.weights) == ["kl"]
+    found = json.loads((tmp_path / "study" / "outcomes.json").read_text())["calibrated"]
+    assert found["v"]["alarm"]["weights"] == {"kl": 1.0}
+    assert found["w"]["alarm"]["weights"] == {"spread": 1.0}
+    assert "In v: " in (tmp_path / "study" / "report.html").read_text()
+    alone = AlarmStudyConfig(output_dir=str(tmp_path / "b"), worlds=worlds, signals=["spread"])
+    with pytest.raises(DataError, match="No alarm can be calibrated"):
+        run_alarm(alone)
 
 
 def test_options_of_the_study_are_checked() -> None:

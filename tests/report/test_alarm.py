@@ -26,7 +26,7 @@ def outcome(world: str, method: str, seed: int, **options: Any) -> Outcome:
 
 OUTCOMES = [
     outcome("a", "single", 0),
-    outcome("a", "single", 1, gold_alarm=2.0),
+    outcome("a", "single", 1, gold_alarm=2.0, kept=5),
     outcome("a", "mean", 0, raised_at=30),
     outcome("a", "gold", 0),
     outcome("b", "single", 0, raised_at=None),
@@ -49,18 +49,19 @@ def test_rows_are_worlds_and_methods_with_sums_of_learned_rewards() -> None:
 
 def test_the_alarm_s_times_are_counted() -> None:
     rows = {tuple(row[:2]): row[2:] for row in when_table(OUTCOMES).rows}
-    assert rows["a", "single"] == [2, 2, "2 of 2", "2 of 2", "0 of 2", None]
-    assert rows["a", "mean"] == [1, 1, "1 of 1", "0 of 1", "0 of 1", None]
-    assert rows["b", "gold"] == [1, 0, None, None, None, "1 of 1"]
+    assert rows["a", "single"] == [2, 2, "2 of 2", "2 of 2", "1 of 2", "0 of 2", None]
+    assert rows["a", "mean"] == [1, 1, "1 of 1", "0 of 1", "1 of 1", "0 of 1", None]
+    assert rows["b", "gold"] == [1, 0, None, None, None, None, "1 of 1"]
     assert rows["all worlds", "all learned rewards"] == [
         4,
         4,
         "3 of 4",
         "2 of 4",
+        "2 of 4",
         "0 of 4",
         None,
     ]
-    assert rows["all worlds", "gold as reward"] == [2, 0, None, None, None, "1 of 2"]
+    assert rows["all worlds", "gold as reward"] == [2, 0, None, None, None, None, "1 of 2"]
 
 
 def test_gold_of_every_rule_stands_beside_the_alarm_s() -> None:

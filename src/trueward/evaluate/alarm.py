@@ -399,11 +399,15 @@ class Outcome:
     @property
     def at_peak(self) -> bool:
         """Whether the alarm is about a policy near the true peak, by `NEAR`."""
-        return (
-            self.raised_at is not None
-            and self.falls
-            and abs(self.raised_at - 1 - self.peak) <= NEAR * self.peak
-        )
+        return self.raised_at is not None and self._near(self.raised_at - 1)
+
+    @property
+    def kept_at_peak(self) -> bool:
+        """Whether the policy that the alarm leaves behind is near the true peak, by `NEAR`."""
+        return self.raised_at is not None and self._near(self.kept)
+
+    def _near(self, place: int) -> bool:
+        return self.falls and abs(place - self.peak) <= NEAR * self.peak
 
     @property
     def gold_kept(self) -> float:
@@ -444,6 +448,7 @@ class AlarmSummary:
     falling: int  # whose gold falls
     raised: int  # of the falling ones
     at_peak: int  # of the falling ones
+    kept_at_peak: int  # of the falling ones
     early: int  # of the falling ones: raised before the peak, and not at it
     false: int  # raised where gold does not fall
     gold_start: Estimate
@@ -475,6 +480,7 @@ def summarise_outcomes(outcomes: Sequence[Outcome]) -> AlarmSummary:
         falling=len(falling),
         raised=sum(o.raised_at is not None for o in falling),
         at_peak=sum(o.at_peak for o in falling),
+        kept_at_peak=sum(o.kept_at_peak for o in falling),
         early=sum(
             o.raised_at is not None and not o.at_peak and o.raised_at - 1 < o.peak for o in falling
         ),

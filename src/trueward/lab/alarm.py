@@ -15,6 +15,7 @@ import yaml
 
 from trueward.data.sources import DataError
 from trueward.evaluate.alarm import Calibrated, Outcome, WatchedRun, calibrate, judge
+from trueward.lab.exact_path import ExactPaths, exact_runs
 from trueward.lab.methods import TRAINED
 from trueward.report.alarm import alarm_report
 from trueward.train.alarm import PREFIX, SIGNALS
@@ -37,6 +38,7 @@ class AlarmStudyConfig:
 
     output_dir: str = "runs/alarm"
     worlds: dict[str, WatchedWorld] = field(default_factory=dict)
+    exact: ExactPaths = field(default_factory=ExactPaths)  # runs of the exact world, made here
     signals: list[str] = field(default_factory=lambda: list(SIGNALS))  # that the alarm may use
     window: int = 5  # steps that signals are counted from
     max_false_alarms: float = 0.1  # share of the calibration's runs with gold as reward
@@ -49,6 +51,8 @@ class AlarmStudyConfig:
             raise ValueError(f"'{unknown[0]}' is no signal; there are {', '.join(SIGNALS)}.")
         if self.window < 2:
             raise ValueError(f"window must be at least 2 steps, got {self.window}.")
+        if _EXACT in self.worlds:
+            raise ValueError(f"'{_EXACT}' is the exact world's name: give that of worlds another.")
         if not 0 <= self.max_false_alarms <= 1:
             raise ValueError(f"max_false_alarms is a share in [0, 1], got {self.max_false_alarms}.")
 
@@ -56,20 +60,25 @@ class AlarmStudyConfig:
 def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
     """Calibrate, judge, and write `alarm.json`, `table.md`, `runs.md`, `outcomes.json`, a page.
 
+    A world that lacks a signal which the calibration chose is judged by an alarm of its own, from
+    the same runs and the signals that it has (`alarm_WORLD.json`).
+
     Raises:
         DataError: A folder holds no watched runs, or no seeds are left for one of the two parts.
     """
-    if not config.worlds:
+    runs = {name: read_runs(name, Path(world.folder)) for name, world in config.worlds.items()}
+    own_seeds = {name: world.calibration_seeds for name, world in config.worlds.items()}
+    if config.exact.seeds:
+        runs[_EXACT], own_seeds[_EXACT] = exact_runs(config.exact), config.exact.calibration_seeds
+    if not runs:
         raise DataError(
             "There is nothing to read: name comparisons under `worlds:`, or a --setting."
         )
-    runs = {name: read_runs(name, Path(world.folder)) for name, world in config.worlds.items()}
     chosen: list[WatchedRun] = []
     others: list[WatchedRun] = []
     for name, some in runs.items():
-        seeds = config.worlds[name].calibration_seeds
-        chosen += [run for run in some if run.seed in seeds]
-        others += [run for run in some if run.seed not in seeds]
+        chosen += [run for run in some if run.seed in own_seeds[name]]
+        others += [run for run in some if run.seed not in own_seeds[name]]
     if not chosen or not others:
         raise DataError(
             f"{len(chosen)} runs are for the calibration and {len(others)} for the judgement: give "
@@ -78,25 +87,20 @@ def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
     out = Path(config.output_dir)
     # Nothing is kept from before: the same folder may be written with other options.
     folder = RunFolder(out, command="alarm", config=config, free=[f.name for f in fields(config)])
-    found = calibrate(
-        chosen,
-        signals=config.signals,
-        window=config.window,
-        max_false_alarms=config.max_false_alarms,
-    )
-    lacking = [run for run in others if set(found.alarm.weights) - set(run.signals)]
-    if lacking:
-        raise DataError(
-            f"{lacking[0].world} has none of the signals {', '.join(found.alarm.weights)} that the "
-            "calibration chose: give `signals` that all worlds have."
-        )
+    found = _calibrated(config, chosen, config.signals)
     found.alarm.save(out / "alarm.json")
-    judged = [judge(run, found) for run in others]
+    by_world = dict.fromkeys(runs, found)
+    for name, some in runs.items():
+        if any(set(found.alarm.weights) - set(run.signals) for run in some):
+            usable = [s for s in config.signals if all(s in run.signals for run in some)]
+            by_world[name] = _calibrated(config, chosen, usable)
+            by_world[name].alarm.save(out / f"alarm_{name}.json")
+    judged = [judge(run, by_world[run.world]) for run in others]
     page = alarm_report(
         out,
-        found,
+        by_world,
         judged,
-        calibration=[judge(run, found) for run in chosen],
+        calibration=[judge(run, by_world[run.world]) for run in chosen],
         example=_example(config, others, judged),
         title=config.title or "An alarm without gold",
         config_text=yaml.safe_dump(to_plain(config), sort_keys=False),
@@ -104,6 +108,20 @@ def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
     )
     logger.info("Report: %s", page)
     return folder.finish(_numbers(found, judged), seed=0)
+
+
+_EXACT = "exact"  # the name of the exact world in tables
+
+
+def _calibrated(
+    config: AlarmStudyConfig, runs: Sequence[WatchedRun], signals: Sequence[str]
+) -> Calibrated:
+    try:
+        return calibrate(
+            runs, signals=signals, window=config.window, max_false_alarms=config.max_false_alarms
+        )
+    except ValueError as error:
+        raise DataError(f"No alarm can be calibrated: {error}") from error
 
 
 def read_runs(world: str, folder: Path) -> list[WatchedRun]:

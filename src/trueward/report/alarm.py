@@ -29,7 +29,7 @@ Example = tuple[WatchedRun, Outcome]
 
 def alarm_report(
     folder: str | Path,
-    found: Calibrated,
+    found: Mapping[str, Calibrated],
     judged: Sequence[Outcome],
     *,
     calibration: Sequence[Outcome],
@@ -42,7 +42,7 @@ def alarm_report(
 
     Args:
         folder: Where to write.
-        found: The alarm and its rivals.
+        found: The alarm and its rivals, by world.
         judged: Of runs that the alarm was not calibrated on.
         calibration: Of those that it was.
         example: Runs of one seed, to be drawn.
@@ -67,7 +67,7 @@ def alarm_report(
         title=title,
         lead=_lead(judged),
         sections=[
-            Section(title="The alarm", text=_described(found)),
+            Section(title="The alarm", text=_alarms(found)),
             Section(title="Results", tables=tables, figures=drawn),
             Section(
                 title="Every run",
@@ -83,7 +83,7 @@ def alarm_report(
     write_text(root / "table.md", "\n\n".join(markdown(t) for t in tables) + "\n")
     write_text(root / "runs.md", markdown(runs) + "\n")
     plain = {
-        "calibrated": asdict(found),
+        "calibrated": {world: asdict(one) for world, one in found.items()},
         "judged": [asdict(o) | {"at_peak": o.at_peak} for o in judged],
         "calibration": [asdict(o) for o in calibration],
     }
@@ -128,17 +128,23 @@ def when_table(outcomes: Sequence[Outcome], *, caption: str = "") -> Table:
                 s.falling,
                 f"{s.raised} of {s.falling}" if s.falling else None,
                 f"{s.at_peak} of {s.falling}" if s.falling else None,
+                f"{s.kept_at_peak} of {s.falling}" if s.falling else None,
                 f"{s.early} of {s.falling}" if s.falling else None,
                 f"{s.false} of {whole}" if whole else None,
             ]
         )
     columns = ["world", "reward", "runs", "gold falls", "raised", "within 20 %\nof the peak"]
     return Table(
-        columns=[*columns, "earlier", "raised where gold\ndoes not fall"],
+        columns=[
+            *columns,
+            "its policy\nwithin 20 %",
+            "earlier",
+            "raised where gold\ndoes not fall",
+        ],
         rows=rows,
         caption=caption,
         notes="Gold falls where it ends more than 0.25 below its smoothed peak, in standard "
-        "deviations of the reference policy's answers.",
+        "deviations of the reference policy's answers. Its policy: the one that it goes back to.",
     )
 
 
@@ -228,6 +234,16 @@ def _drawn(keep: Keeper, example: Sequence[Example]) -> list[PanelsHtml]:
     )
     whole = example_figure(example, title=title)
     return [keep.panels("gold_and_alarm", whole, panels, caption)]
+
+
+def _alarms(found: Mapping[str, Calibrated]) -> str:
+    """Say what each alarm is, and which worlds have it."""
+    texts: dict[str, list[str]] = {}
+    for world, one in found.items():
+        texts.setdefault(_described(one), []).append(world)
+    if len(texts) == 1:
+        return next(iter(texts))
+    return "\n\n".join(f"In {', '.join(worlds)}: {text}" for text, worlds in texts.items())
 
 
 def _described(found: Calibrated) -> str:

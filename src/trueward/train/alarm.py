@@ -97,14 +97,14 @@ class Calibration:
             raise DataError(f"{path} holds no alarm's calibration: {error}") from error
 
 
-# What an alarm uses that is given no calibration. PLACEHOLDER, to be replaced by what
-# `trueward alarm` finds: the members' disagreement and the drift of the states, summed.
+# What an alarm uses that is given no calibration: a guess, which `trueward alarm` improves upon.
 DEFAULT = Calibration(
-    weights={"spread": 1.0, "drift": 1.0},
-    floors={"spread": 0.02, "drift": 0.005},
-    threshold=10.0,
+    weights={"spread": 1.0, "disagreement": 1.0},
+    floors={"spread": 0.02, "disagreement": 0.03},
+    threshold=6.0,
     patience=2,
-    note="not calibrated",
+    rewind=0.75,
+    note="a guess from one seed of the embedded world, not calibrated",
 )
 
 
