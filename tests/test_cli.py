@@ -36,6 +36,7 @@ from trueward.testing import (
     tiny_texts,
     tiny_tokenizer,
 )
+from trueward.train.alarm import Calibration
 from trueward.train.reward import own_completions
 
 
@@ -448,6 +449,26 @@ def test_an_unknown_argument_ends_with_exit_code_two(folder: Path):
 def test_help_lists_every_command():
     assert all(name in usage() for name in COMMANDS)
     assert main(["--help"]) == main([]) == 0
+
+
+def test_a_policy_stops_at_its_alarm(folder: Path, capsys: pytest.CaptureFixture[str]):
+    rules = Calibration(weights={"spread": 1.0}, window=2, threshold=-1e9)
+    rules.save(folder / "alarm.json")
+    command = (
+        "policy --policy {f}/policy --reward {f}/scalar --prompts {f}/prompts.jsonl --output_dir "
+        "{f}/alarmed --train.steps 6 --train.prompts_per_step 2 --train.max_new_tokens 4 "
+        "--train.progress False --monitor {f}/scalar {f}/near"
+    )
+    assert run(command, folder) == 2
+    assert "A monitor is for the alarm" in capsys.readouterr().err
+    command += " --alarm.action stop --alarm.calibration {f}/alarm.json"
+    assert run(command.replace("alarm.json", "none.json"), folder) == 2
+    assert "none.json cannot be read" in capsys.readouterr().err
+    assert run(command, folder) == 0, capsys.readouterr().err
+    summary = json.loads((folder / "alarmed" / "summary.json").read_text())["metrics"]
+    assert summary["alarm/raised_at"] == 3
+    assert summary["alarm/restored"] == 2
+    assert "alarm/restored 2" in capsys.readouterr().err
 
 
 def test_the_commands_run_one_after_another(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -26,6 +26,7 @@ from trueward.refine.multiview import MultiViewConfig
 from trueward.refine.spg import SPGConfig
 from trueward.report.run import report_run
 from trueward.sampling import SamplingConfig
+from trueward.train.alarm import AlarmConfig
 from trueward.train.families import FamilyConfig
 from trueward.train.policy import PolicyConfig
 from trueward.train.reward import RewardConfig
@@ -239,7 +240,11 @@ def test_the_rewards_of_all_rounds_are_one_ensemble(files: Path, rounds: Path, t
         (run / file).unlink()
     config = rounds_config(files, run)
     policy = dataclasses.replace(config.policy, refresh_every=0)
-    run_rlp(dataclasses.replace(config, policy=policy, refresh_prompts=0, ensemble_rounds=True))
+    with pytest.raises(ValueError, match="cannot watch its own policy"):
+        dataclasses.replace(config, alarm=AlarmConfig(action="log"))
+    config = dataclasses.replace(config, policy=policy, refresh_prompts=0, ensemble_rounds=True)
+    run_rlp(dataclasses.replace(config, alarm=AlarmConfig(action="log")))
+    assert "alarm/spread" in (run / "06_policy_spg_uml_1" / "metrics.jsonl").read_text()
 
     def gap(stage: str) -> float:
         line = (run / stage / "metrics.jsonl").read_text().splitlines()[0]

@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from trueward.evaluate.calibration import reliability_curve
 from trueward.report.figures import (
     Curve,
+    Mark,
     curve_figure,
     legend_height,
+    marked_figure,
     matrix_figure,
     overoptimization_figure,
     peak_and_end_figure,
@@ -80,6 +82,24 @@ def test_a_legend_stands_where_there_are_two_curves_with_names_as_they_are() -> 
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["_hidden", r"costs \$5 or \$6"]
     assert "costs $5 or $6" in to_svg(figure)
     assert not curve_figure(two[:1], title="t", x_label="x", y_label="y").legends
+
+
+def test_marks_stand_at_their_places_in_panels_of_their_own() -> None:
+    peak, alarm = Mark(name="peak", x=4, style="dotted"), Mark(name="alarm", x=6, style="solid")
+    panels = {"one": (gold(), [peak, alarm]), "two": (proxy(), [alarm]), "three": (gold(), [])}
+    panels["four"] = (gold(), [])
+    figure = marked_figure(panels, title="Runs", x_label="step", y_label="gold")
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in shown] == ["one", "two", "three", "four"]
+    lines = [[(tuple(line.get_xdata()), line.get_linestyle()) for line in a.lines] for a in shown]
+    assert lines[0][1:] == [((4, 4), ":"), ((6, 6), "-")]
+    assert lines[1][1:] == [((6, 6), "-")]
+    assert lines[2][1:] == lines[3][1:] == []
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["peak", "alarm"]
+    assert [axes.get_xlabel() for axes in shown] == ["", "step", "step", "step"]
+    alone = marked_figure({"one": (gold(), [])}, title="", x_label="step", y_label="gold")
+    assert alone.axes[0].get_title(loc="left") == ""
+    assert not alone.legends
 
 
 def test_few_points_are_marked_and_many_are_not() -> None:
