@@ -286,7 +286,7 @@ def test_a_warning_is_one_line_and_the_run_goes_on(
     assert not (tmp_path / "run" / "snapshots").exists()
 
 
-@pytest.mark.parametrize(("rewind", "keep_every", "place"), [(1, 1, 4), (0.5, 1, 2), (1, 3, 3)])
+@pytest.mark.parametrize(("rewind", "keep_every", "place"), [(1, 1, 4), (0.4, 1, 1), (1, 3, 3)])
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_a_stopped_run_ends_with_the_policy_of_the_place_it_goes_back_to(
     tmp_path: Path, rewind: float, keep_every: int, place: int, on_disk: bool

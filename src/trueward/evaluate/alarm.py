@@ -206,7 +206,7 @@ def calibrate(
             scores = _accumulated(level, window, slack)
             thresholds = _thresholds(scores, table.valid(window))
             for patience in PATIENCES:
-                crossed = table.capped(_crossings(scores, patience, thresholds))
+                crossed = _crossings(scores, patience, thresholds)
                 false = table.false_alarms(crossed)
                 for rewind in REWINDS:
                     tried += len(thresholds)
@@ -253,7 +253,10 @@ def _weightings(usable: Sequence[str]) -> list[dict[str, float]]:
 
 
 class _Table:
-    """Runs as arrays, padded to the longest: gold at each place, signals at each step."""
+    """Runs as arrays, padded to the longest: gold at each place, signals at each step.
+
+    A run that is stopped in its padding is one that is not: gold there is that of its end.
+    """
 
     def __init__(self, runs: Sequence[WatchedRun], *, window: int) -> None:
         self.runs, self.window = runs, window
@@ -288,10 +291,6 @@ class _Table:
         """Tell which steps a run has, its window left out."""
         step = torch.arange(int(self.steps.max()))
         return (step[None] < self.steps[:, None]) & (step[None] >= window)
-
-    def capped(self, crossed: Int[Tensor, "run rule"]) -> Int[Tensor, "run rule"]:
-        """Return where each run is stopped; its end where it is not, or only in the padding."""
-        return torch.minimum(crossed, self.steps[:, None])
 
     def rewound(self, crossed: Int[Tensor, "run rule"], rewind: float) -> Int[Tensor, "run rule"]:
         back = (crossed.double() * rewind).floor().long()
@@ -356,10 +355,9 @@ def _crossings(
 
     The number of steps where there is none.
     """
-    lowest = scores.clone()
+    lowest = scores.clone()  # minus infinity at the first step: no streak begins before
     for back in range(1, patience):
         lowest[:, back:] = torch.minimum(lowest[:, back:], scores[:, :-back])
-        lowest[:, :back] = -math.inf
     highest = lowest.cummax(1).values
     # As long as the highest so far is not above, nothing has crossed.
     return (highest[:, :, None] <= thresholds.to(scores)).sum(1)
