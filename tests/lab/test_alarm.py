@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from trueward.cli import main
+from trueward.config import parse
 from trueward.data.sources import DataError
 from trueward.evaluate.alarm import true_peak
 from trueward.lab.alarm import AlarmStudyConfig, WatchedWorld, read_runs, run_alarm
@@ -153,6 +154,23 @@ def test_options_of_the_study_are_checked() -> None:
 def test_the_recipes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = Path(__file__).parents[2] / "recipes"
     monkeypatch.chdir(tmp_path)
+    runs = str(recipes / "alarm_runs.yaml")
+    kinds = ["calibration", "main", "more", "noisy", "lengthy", "misspecified", "covered"]
+    seeds: dict[str, set[int]] = {}
+    for kind in kinds:
+        config = parse(CompareConfig, ["--config", runs, "--setting", kind], command="compare")
+        check(config)
+        assert config.monitor == 5
+        assert {"single", "mix", "gold"} <= set(config.methods)
+        seeds[kind] = set(config.all_seeds)
+    study = parse(
+        AlarmStudyConfig,
+        ["--config", str(recipes / "alarm.yaml"), "--setting", "full"],
+        command="alarm",
+    )
+    assert set(study.worlds["default"].calibration_seeds) == seeds["calibration"]
+    assert set(study.worlds["noisy"].calibration_seeds) < seeds["noisy"]
+    assert not seeds["calibration"] & seeds["main"]
     # Read whole, then refused for want of runs: exit code 2 and one sentence.
     assert main(["alarm", "--config", str(recipes / "alarm.yaml"), "--setting", "full"]) == 2
 
