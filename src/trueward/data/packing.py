@@ -12,11 +12,13 @@ row for each completion with right padding, carries the same fields, so that not
 knows which of the two it reads.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -217,25 +219,38 @@ def padded_size(group: Group) -> tuple[int, int]:
 
 
 def token_budget_batches(
-    groups: Sequence[Group], *, max_tokens: int, shared_prefix: bool = True
+    groups: Sequence[Group],
+    *,
+    max_tokens: int,
+    shared_prefix: bool = True,
+    call_tokens: int | None = None,
 ) -> Iterator[list[int]]:
     """Yield lists of group indices, sorted by length, each within `max_tokens` padded tokens.
 
-    A group larger than the budget travels alone. Sorting keeps padding small; the caller puts the
-    results back in order, so a score never depends on the batch it happened to travel in.
+    Of all ways to cut the sorted groups into batches, the one with the fewest padded tokens and
+    calls, where a call costs as much as `call_tokens` tokens do (None: as `max_tokens`, so that the
+    batches are as full as can be). A group larger than the budget travels alone. The caller puts
+    the results back in order, so a score never depends on the batch it happened to travel in.
     """
-
-    def rows_and_width(i: int) -> tuple[int, int]:
-        return (1, packed_size(groups[i])) if shared_prefix else padded_size(groups[i])
-
-    batch: list[int] = []
-    rows = width = 0
-    for i in sorted(range(len(groups)), key=lambda i: rows_and_width(i)[1]):
-        more, wide = rows_and_width(i)
-        if batch and (rows + more) * max(width, wide) > max_tokens:
-            yield batch
-            batch, rows, width = [], 0, 0
-        batch.append(i)
-        rows, width = rows + more, max(width, wide)
-    if batch:
-        yield batch
+    if not groups:
+        return
+    sizes = [(1, packed_size(g)) if shared_prefix else padded_size(g) for g in groups]
+    order = sorted(range(len(groups)), key=lambda i: sizes[i][1])
+    rows = np.concatenate([[0], np.cumsum([sizes[i][0] for i in order])])
+    call = max_tokens if call_tokens is None else call_tokens
+    # least[k]: tokens and calls of the first k groups at their cheapest; the last of their batches
+    # starts at starts[k]. A batch is as wide as its last group.
+    least = np.zeros(len(order) + 1)
+    starts = np.zeros(len(order) + 1, dtype=np.int64)
+    for end, i in enumerate(order, start=1):
+        width = sizes[i][1]
+        first = int(np.searchsorted(rows, rows[end] - max_tokens // max(1, width)))
+        first = min(first, end - 1)
+        costs = least[first:end] + (rows[end] - rows[first:end]) * width
+        best = int(costs.argmin())
+        starts[end], least[end] = first + best, costs[best] + call
+    ends = [len(order)]
+    while ends[-1]:
+        ends.append(int(starts[ends[-1]]))
+    for end, start in itertools.pairwise(ends):  # longest first: a batch that does not fit memory
+        yield order[start:end]  # fails at once

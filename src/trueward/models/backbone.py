@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trueward.data.packing import Group, PackedBatch, pack, pad
+from trueward.data.packing import Group, PackedBatch, pack, pad, token_budget_batches
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,35 @@ def make_batch(
     """Pack the groups where the backbone can share prefixes, and pad them where it cannot."""
     form = pack if shared_prefix and can_share_prefixes(backbone) else pad
     return form(groups, pad_id=pad_id).to(backbone.device, backbone.dtype)
+
+
+def packed_batches(
+    backbone: PreTrainedModel | PeftModel,
+    groups: Sequence[Group],
+    *,
+    pad_id: int,
+    max_tokens: int,
+    shared_prefix: bool = True,
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """Yield batches of at most `max_tokens` padded tokens, with the indices of their groups."""
+    shared_prefix = shared_prefix and can_share_prefixes(backbone)
+    for some in token_budget_batches(
+        groups,
+        max_tokens=max_tokens,
+        shared_prefix=shared_prefix,
+        call_tokens=call_tokens(backbone),
+    ):
+        batch = [groups[i] for i in some]
+        yield some, make_batch(backbone, batch, pad_id=pad_id, shared_prefix=shared_prefix)
+
+
+def call_tokens(backbone: PreTrainedModel | PeftModel) -> int | None:
+    """Return how many tokens cost as much as a call does; None where batches should be full.
+
+    On a CPU they are few (80 and 5 measured on Llamas of 0.4 and 5 million parameters, forward and
+    backward), so that small batches with next to no padding are best.
+    """
+    return 32 if backbone.device.type == "cpu" else None
 
 
 def max_positions(backbone: PreTrainedModel | PeftModel) -> int | None:

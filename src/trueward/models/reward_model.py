@@ -46,6 +46,7 @@ from trueward.data.tokens import (
 from trueward.models.attribute_heads import URM_ARCHITECTURE
 from trueward.models.backbone import (
     add_adapters,
+    call_tokens,
     can_share_prefixes,
     default_device,
     disable_dropout,
@@ -329,7 +330,12 @@ class RewardModel(nn.Module):
         stds = torch.zeros_like(means) if self.has_stds else None
         bar = tqdm(total=len(tokens), desc="score", unit="row", disable=_hidden(progress))
         budget = max(1, max_tokens // self.copies)
-        for batch in token_budget_batches(groups, max_tokens=budget, shared_prefix=share):
+        for batch in token_budget_batches(
+            groups,
+            max_tokens=budget,
+            shared_prefix=share,
+            call_tokens=call_tokens(self.backbone),
+        ):
             for some in _at_most(batch, members, batch_size):
                 packed = make_batch(
                     self.backbone,

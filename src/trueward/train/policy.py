@@ -26,7 +26,6 @@ from trueward.data.packing import (
     PackedBatch,
     group_by_prompt,
     row_tokens,
-    token_budget_batches,
 )
 from trueward.losses.policy import (
     generalized_advantages,
@@ -40,7 +39,7 @@ from trueward.losses.policy import (
     terminal_rewards,
     value_clip_loss,
 )
-from trueward.models.backbone import can_share_prefixes, make_batch
+from trueward.models.backbone import can_share_prefixes, packed_batches
 from trueward.models.policy import Policy, ValueModel
 from trueward.models.reward_function import Reward, posterior_function
 from trueward.models.reward_model import RewardModel
@@ -277,7 +276,7 @@ def _learn(
             }
             if config.kl_in == "loss":
                 numbers["loss/kl"] = 0.0
-            for batch, where in packed_batches(
+            for batch, where in sample_batches(
                 policy, rollouts.samples, loop.share(rows), config.max_batch_tokens
             ):
                 old = _rows(rollouts.logprobs, where, batch)
@@ -337,7 +336,7 @@ def observe(
     width = max(len(s.completion_ids) for s in samples)
     logprobs, ref_logprobs, values = (torch.zeros(len(samples), width) for _ in range(3))
     mask = torch.zeros(len(samples), width, dtype=torch.bool)
-    for batch, where in packed_batches(
+    for batch, where in sample_batches(
         policy, samples, list(range(len(samples))), config.max_batch_tokens
     ):
         some = batch.mask.shape[1]
@@ -415,7 +414,7 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     return metrics
 
 
-def packed_batches(
+def sample_batches(
     policy: Policy, samples: Sequence[Sample], rows: Sequence[int], max_tokens: int
 ) -> list[tuple[PackedBatch, list[int]]]:
     """Pack completions by prompt within the token budget; return batches and their rows."""
@@ -430,13 +429,13 @@ def packed_batches(
         max_tokens=partial(row_tokens, hidden_size=hidden_size) if share else 0,
     )
     out = []
-    for some in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=share):
-        batch = make_batch(
-            policy.backbone,
-            [groups[g] for g in some],
-            pad_id=policy.tokenizer.pad_token_id,
-            shared_prefix=share,
-        )
+    for some, batch in packed_batches(
+        policy.backbone,
+        groups,
+        pad_id=policy.tokenizer.pad_token_id,
+        max_tokens=max_tokens,
+        shared_prefix=share,
+    ):
         out.append((batch, [rows[i] for g in some for i in members[g]]))
     return out
 

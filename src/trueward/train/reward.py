@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from trueward.data.formats import Completion, DataError, LoadReport, PreferenceRow, Prompt
-from trueward.data.packing import Group, token_budget_batches
+from trueward.data.packing import Group
 from trueward.data.tokens import Tokens, start_token_id, tokenize, truncate_prompt
 from trueward.losses.preference import bradley_terry_loss, centring_loss
 from trueward.losses.uncertainty import bt_marginal_loss, bt_reparam_loss
-from trueward.models.backbone import make_batch
+from trueward.models.backbone import packed_batches
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
 from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
@@ -166,21 +166,16 @@ def _accumulate(
     total = weights[list(batch)].double().sum().item() or 1.0  # 0 where all weights are
     mine = loop.share(batch)
     groups = [pairs[i].group for i in mine]
-    share_prefix = reward_model.shares_prefixes
     loss = 0.0
     margins: list[float] = []
     rewards: list[float] = []
-    for some in token_budget_batches(
+    for some, packed in packed_batches(
+        reward_model.backbone,
         groups,
+        pad_id=reward_model.tokenizer.pad_token_id,
         max_tokens=max(1, config.max_batch_tokens // reward_model.copies),
-        shared_prefix=share_prefix,
+        shared_prefix=reward_model.shares_prefixes,
     ):
-        packed = make_batch(
-            reward_model.backbone,
-            [groups[i] for i in some],
-            pad_id=reward_model.tokenizer.pad_token_id,
-            shared_prefix=share_prefix,
-        )
         with loop.accelerator.autocast():
             posterior = reward_model(packed)
         where = [mine[i] for i in some]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trueward.data.formats import DataError, DemonstrationRow, LoadReport
-from trueward.data.packing import Group, token_budget_batches
+from trueward.data.packing import Group
 from trueward.data.tokens import start_token_id, tokenize, truncate_prompt
-from trueward.models.backbone import make_batch
+from trueward.models.backbone import packed_batches
 from trueward.models.policy import Policy
 from trueward.train.loop import Loop, LoopConfig, permutation
 
@@ -65,8 +65,9 @@ def train_sft(
         tokens = sum(len(g.completions[0]) for g in batch)
         mine = loop.share(batch)
         loss = 0.0
-        for some in token_budget_batches(mine, max_tokens=config.max_batch_tokens):
-            packed = make_batch(policy.backbone, [mine[i] for i in some], pad_id=pad_id)
+        for _, packed in packed_batches(
+            policy.backbone, mine, pad_id=pad_id, max_tokens=config.max_batch_tokens
+        ):
             with loop.accelerator.autocast():
                 scores = policy(packed)
             part = -scores.logprobs.sum() / tokens
