@@ -194,7 +194,7 @@ class LoRAEnsemble(nn.Module):
                 batch,
                 input_ids=batch.input_ids[these],
                 position_ids=batch.position_ids[these],
-                attention_mask=batch.attention_mask[these],
+                segments=batch.segments[these],
                 rows=batch.rows[inside] - first,
                 prompt_ends=batch.prompt_ends[inside],
                 starts=batch.starts[inside],

@@ -11,7 +11,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,7 +24,6 @@ from trueward.data.packing import (
     Group,
     PackedBatch,
     group_by_prompt,
-    row_tokens,
 )
 from trueward.losses.policy import (
     generalized_advantages,
@@ -39,7 +37,7 @@ from trueward.losses.policy import (
     terminal_rewards,
     value_clip_loss,
 )
-from trueward.models.backbone import can_share_prefixes, packed_batches
+from trueward.models.backbone import packed_batches, row_room
 from trueward.models.policy import Policy, ValueModel
 from trueward.models.reward_function import Reward, posterior_function
 from trueward.models.reward_model import RewardModel
@@ -421,12 +419,10 @@ def sample_batches(
     if not rows:  # a process without a share
         return []
     groups: list[Group]
-    share = can_share_prefixes(policy.backbone)
-    hidden_size = policy.backbone.config.get_text_config().hidden_size
     groups, members = group_by_prompt(
         [samples[i].prompt_ids for i in rows],
         [samples[i].completion_ids for i in rows],
-        max_tokens=partial(row_tokens, hidden_size=hidden_size) if share else 0,
+        max_tokens=row_room(policy.backbone, max_tokens=max_tokens),
     )
     out = []
     for some, batch in packed_batches(
@@ -434,7 +430,6 @@ def sample_batches(
         groups,
         pad_id=policy.tokenizer.pad_token_id,
         max_tokens=max_tokens,
-        shared_prefix=share,
     ):
         out.append((batch, [rows[i] for g in some for i in members[g]]))
     return out
