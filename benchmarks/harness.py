@@ -6,6 +6,7 @@ and what counts is the ratio of each turn. The first turn warms up and is not co
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,17 @@ VOCABULARY = 4096
 # Millions of parameters without embeddings, by name: (hidden size, layers).
 SIZES = {"1M": (128, 4), "5M": (256, 6), "20M": (448, 8), "50M": (640, 10), "110M": (768, 16)}
 
+# What TRL's trainers need on a CPU, and no more.
+ON_A_CPU = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -42,6 +54,7 @@ class Row:
     memory_bar: float | None = None  # most of ours over the other's
     unit: str = "run"
     operations: float | None = None  # floating-point operations of a unit that cannot be saved
+    rate: float | None = None  # of matrix products, operations a second, measured in the same turns
     check: str = ""  # how far the two results agree
 
     @property
@@ -54,6 +67,13 @@ class Row:
     def ratio(self) -> float:
         """Median of the ratios."""
         return statistics.median(self.ratios)
+
+    @property
+    def limit_reached(self) -> float | None:
+        """The machine's seconds for the operations that cannot be saved, over ours."""
+        if self.operations is None or self.rate is None:
+            return None
+        return self.operations / self.rate / statistics.median(self.seconds)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -71,15 +91,31 @@ def alternate(runs: Mapping[str, Callable[[int], float]], repeats: int) -> dict[
     """Return what each run says it cost, in turns; the first turn warms up.
 
     A run is given the number of its turn and returns its seconds (see `timed`), of the whole or for
-    a unit of work where turns differ in their work.
+    a unit of work where turns differ in their work. `rate` holds the machine's matrix products, in
+    operations a second, measured in the same turns: the best of three each.
     """
-    costs: dict[str, list[float]] = {name: [] for name in runs}
+    costs: dict[str, list[float]] = {name: [] for name in [*runs, "rate"]}
     for turn in range(repeats + 1):
         for name, run in runs.items():
             cost = run(turn)
             if turn:
                 costs[name].append(cost)
+        if turn:
+            costs["rate"].append(matrix_rate())
     return costs
+
+
+def matrix_rate(size: int = 1024, *, tries: int = 3, dtype: torch.dtype = torch.float32) -> float:
+    """Return operations a second of the product of two square matrices, the best of some tries."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    return 2 * size**3 / min(timed(lambda: a @ b) for _ in range(tries))
+
+
+def copy_rate(megabytes: int = 256) -> float:
+    """Return bytes a second, read and written, of copying a tensor that no cache holds."""
+    source = torch.zeros(megabytes * 2**18)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source)) for _ in range(3))
 
 
 def timed(run: Callable[[], object], *, units: float = 1.0, device: str = "cpu") -> float:
@@ -144,6 +180,28 @@ def llama_config(size: str, *, positions: int = 1024) -> LlamaConfig:
         eos_token_id=2,
         num_labels=1,
     )
+
+
+def made_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of 4,096 tokens, trained on made words of one to four syllables."""
+    rng = random.Random(0)
+    syllables = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "r", "s")]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(8000)]
+    texts = [" ".join(rng.choices(words, k=20)) for _ in range(2000)]
+    return train_bpe_tokenizer(texts, vocab_size=VOCABULARY)
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, length: int, *, seed: int) -> str:
+    """Return a made text that has `length` tokens, also when it is read again."""
+    rng = random.Random(seed)
+    ids = [rng.randrange(300, VOCABULARY) for _ in range(length)]
+    while True:
+        text = str(tokenizer.decode(ids)).strip()
+        found = tokenizer(text, add_special_tokens=False).input_ids
+        if len(found) == length:
+            return text
+        ids = found[:length]
+        ids += [rng.randrange(300, VOCABULARY) for _ in range(length - len(ids))]
 
 
 def body_parameters(model: nn.Module) -> int:

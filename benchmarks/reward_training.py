@@ -3,7 +3,7 @@
     python benchmarks/reward_training.py --data_dir DIR
 
 needs TRL (`pip install 'trueward[trl]'`). Each turn takes the same batches of 32 pairs through both
-from the same weights, and the losses of all steps must agree; TRL also takes batches of like length.
+from the same weights, and the losses of all steps must agree; TRL takes batches of like length too.
 """
 
 import copy
@@ -13,11 +13,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from datasets import Dataset
 from harness import (
+    ON_A_CPU,
     Row,
     alternate,
     body_parameters,
@@ -50,14 +52,14 @@ class Watch(TrainerCallback):
         self.losses: list[float] = []
         self.seconds = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.seconds = -time.perf_counter()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self.seconds += time.perf_counter()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" in logs:
             self.losses.append(float(logs["loss"]))
 
 
@@ -88,7 +90,8 @@ def main() -> None:
                     Row(
                         work=f"reward training, {name}",
                         setting=f"{size}, batches of {BATCH} pairs",
-                        against=f"trl.RewardTrainer, {'defaults' if defaults else 'group_by_length'}",
+                        against="trl.RewardTrainer, "
+                        + ("defaults" if defaults else "group_by_length"),
                         seconds=seconds["trueward"],
                         other_seconds=seconds[case],
                         unit="1,000 tokens",
@@ -97,6 +100,7 @@ def main() -> None:
                         other_memory=peaks[case],
                         memory_bar=0.5 if (name, case) == ("hh_helpful", "defaults") else None,
                         operations=bench.operations,
+                        rate=median(seconds["rate"]),
                         check=f"losses differ by at most {difference:.0e}" if defaults else "",
                     )
                 )
@@ -208,13 +212,7 @@ class Bench:
                     num_train_epochs=1,
                     train_sampling_strategy="sequential",
                     logging_steps=1,
-                    use_cpu=True,
-                    bf16=False,
-                    gradient_checkpointing=False,
-                    report_to="none",
-                    save_strategy="no",
-                    dataloader_pin_memory=False,
-                    disable_tqdm=True,
+                    **ON_A_CPU,
                 ),
                 callbacks=[watch],
             )
