@@ -75,13 +75,8 @@ def main() -> None:
 def machine(threads: int) -> dict[str, Any]:
     """Say on what the numbers were measured."""
     torch.set_num_threads(threads)
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=HERE,
-        check=False,
-    ).stdout.strip()
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    answer = subprocess.run(asked, capture_output=True, text=True, cwd=HERE, check=False)
     return {
         "threads": threads,
         "processor": platform.processor() or platform.machine(),
@@ -124,8 +119,8 @@ def write_page(folder: Path) -> None:
         f"{', '.join(dict.fromkeys(part['machine']['commit'] for part in found.values()))}, "
         f"{where['date']}; {hours:.1f} hours.",
         "",
-        "Everything compared runs in turns in one process, on the same weights, tokens, threads and",
-        "precision (float32): 7 turns after one that warms up. A ratio is the median of the turns'",
+        "Everything compared runs in turns in one process, on the same weights, tokens, threads",
+        "and precision (float32): 7 turns after one that warms up. A ratio is the median of the turns'",
         "with their range: how many times as fast ours is, or, where it says `cost`, how many times",
         "as long ours takes as the thing beside it. Memory is the peak of a process of its own, ours",
         "over the other's, Python and libraries counted in on both sides. The limit is the time in",
