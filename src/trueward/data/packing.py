@@ -247,7 +247,7 @@ def token_budget_batches(
 
     Of all ways to cut the sorted groups into batches, the one with the fewest padded tokens and
     calls, where a call costs as much as `call_tokens` tokens do (as many as `max_tokens`: batches
-    are as full as can be). A group larger than the budget travels alone. The caller puts the results
+    are as full as can be). A group larger than the budget travels alone. The caller puts results
     back in order, so a score never depends on the batch it happened to travel in.
     """
     if not groups:
