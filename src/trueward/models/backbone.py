@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -190,6 +191,25 @@ def batch_budget(backbone: PreTrainedModel | PeftModel, max_tokens: int) -> dict
 _CPU_TOKENS = 2048  # of a call
 
 
+def layer_list(backbone: PreTrainedModel | PeftModel) -> nn.ModuleList:
+    """Return the list of the backbone's layers: the one as long as its configuration says.
+
+    A backbone of ours may name it: the trunk on a sentence encoder, whose own layers are frozen.
+    """
+    named = getattr(backbone, "trueward_layers", None)
+    if isinstance(named, nn.ModuleList):
+        return named
+    count = backbone.config.get_text_config().num_hidden_layers
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"No list of {count} layers was found in {type(backbone).__name__}, so they "
+        "can neither have members' adapters (a LoRA ensemble) nor be spread over processes "
+        "(sharding=full): leave both out."
+    )
+
+
 def max_positions(backbone: PreTrainedModel | PeftModel) -> int | None:
     """Return the longest sequence that the backbone's positions allow, None where unlimited."""
     positions: int | None = getattr(
@@ -241,8 +261,11 @@ def add_adapters(
 
 
 def default_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the accelerator if there is one (under torchrun the process's own), else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda") if local is None else torch.device("cuda", int(local))
 
 
 def disable_dropout(model: nn.Module) -> None:

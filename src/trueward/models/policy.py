@@ -268,7 +268,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(1))
 
     @classmethod
     def from_reward_model(cls, reward_model: RewardModel) -> "ValueModel":

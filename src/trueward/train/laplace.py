@@ -140,7 +140,7 @@ def fit_laplace(
         )
     kept, apart = _states(stage1, preferences, config, report)
     process = PartialState()
-    folder = RunFolder(output_dir, command="laplace", config=config, writes=process.is_main_process)
+    folder = RunFolder(output_dir, command="laplace", config=config)
     folder.load_checkpoint()  # there is none; it cuts away the metrics of a killed run
     before = stage1.head.linear.weight.detach()[0].to(kept.chosen)
     tried = candidates(kept, before, config)

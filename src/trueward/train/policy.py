@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from trueward import objectives
 from trueward.data.formats import Prompt, PromptRow
@@ -48,6 +48,7 @@ from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
 Objective = Callable[[RewardPosterior], Tensor]
 Evaluation = Callable[[Policy, int], dict[str, float]]
 Refresh = Callable[[Policy, int], Reward]
+Whole = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +165,12 @@ def train_policy(
     if isinstance(objective, objectives.RunObjective):
         objective = copy.deepcopy(objective)
     ref = None if policy.has_adapter else policy.frozen_copy()
-    modules: dict[str, torch.nn.Module] = {"policy": policy}
+    modules: dict[str, nn.Module] = {"policy": policy}
     if config.algorithm == "ppo":
         critic = critic or _critic(reward, policy)
         modules["critic"] = critic
+    if ref is not None:
+        modules["ref"] = ref
     loop = Loop(
         config,
         total_steps=config.steps,
@@ -175,9 +178,8 @@ def train_policy(
         stage="policy",
         output_dir=output_dir,
         learning_rate_scales={"critic": config.value_learning_rate_scale},
+        can_shard=True,
     )
-    if ref is not None:
-        ref.to(policy.device)
     metrics: dict[str, float] = {}
     if refresh is not None and loop.accelerator.num_processes > 1:
         raise ValueError("A reward is refreshed in one process: leave refresh_every at 0.")
@@ -188,19 +190,20 @@ def train_policy(
             loop.reseed()  # whatever was trained in between drew random numbers
         chosen = _prompts_of_step(len(texts), config, step)
         mine = loop.share(list(range(len(chosen))))
-        drawn = sample(
-            policy,
-            [texts[chosen[i]] for i in mine],
-            SamplingConfig(
-                n=config.completions_per_prompt,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                max_new_tokens=config.max_new_tokens,
-                max_tokens=4 * config.max_batch_tokens,  # no gradients: rows are cheap
-                seed=seed_of(config.seed, "sample", step),
-            ),
-            indices=mine,
-        )
+        with loop.whole(policy):
+            drawn = sample(
+                policy,
+                [texts[chosen[i]] for i in mine],
+                SamplingConfig(
+                    n=config.completions_per_prompt,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    max_new_tokens=config.max_new_tokens,
+                    max_tokens=4 * config.max_batch_tokens,  # no gradients: rows are cheap
+                    seed=seed_of(config.seed, "sample", step),
+                ),
+                indices=mine,
+            )
         asked = [texts[chosen[s.prompt_index]] for s in drawn]
         answers = [_as_completion(p, s) for p, s in zip(asked, drawn, strict=True)]
         samples, posterior = _gathered(loop, drawn, posterior_of(asked, answers))
@@ -208,18 +211,24 @@ def train_policy(
         scores = penalised(rewards.float(), samples, config)
         if not scores.isfinite().any():
             raise ValueError(f"No completion of step {step} got a finite reward.")
+        own = [i for i, s in enumerate(samples) if s.prompt_index in set(mine)]
         with loop.accelerator.autocast():
-            rollouts = observe(policy, ref, critic, samples, scores, config)
+            observed = observe(
+                *(policy, ref, critic, [samples[i] for i in own], scores[own], config),
+                whole=loop.whole,
+            )
+        rollouts = _merged(loop, observed, own, samples, scores)
         advantages, returns = advantages_of(rollouts, config)
 
         metrics = rollout_metrics(rollouts) | objectives.robust_diagnostics(posterior)
         if refresh is not None:
             told["refreshed_at"] = float(refreshed)
         metrics |= told
-        metrics |= _learn(policy, critic, rollouts, advantages, returns, loop, config, step)
+        metrics |= _learn(rollouts, advantages, returns, loop, config, step)
         every = config.evaluate_every
         if evaluation and (step == config.steps or (every and step % every == 0)):
-            metrics |= evaluation(policy, step)
+            with loop.whole(policy):
+                metrics |= evaluation(policy, step)
         loop.log(metrics, show=["reward", "kl/k1", "length"])
     policy.eval()
     loop.finish(metrics, policy.save_pretrained)
@@ -247,8 +256,6 @@ def _rewards(
 
 
 def _learn(
-    policy: Policy,
-    critic: ValueModel | None,
     rollouts: Rollouts,
     advantages: Tensor,
     returns: Tensor,
@@ -257,7 +264,9 @@ def _learn(
     step: int,
 ) -> dict[str, float]:
     """Take the step's clipped policy-gradient (and value) updates; return their mean numbers."""
-    policy.train()
+    policy, critic = loop.modules["policy"].train(), loop.modules.get("critic")
+    assert isinstance(policy, Policy)
+    pack = partial(sample_batches, policy, rollouts.samples, max_tokens=config.max_batch_tokens)
     totals: dict[str, float] = {}
     updates = 0
     for epoch in range(config.inner_epochs):
@@ -274,9 +283,8 @@ def _learn(
             }
             if config.kl_in == "loss":
                 numbers["loss/kl"] = 0.0
-            for batch, where in sample_batches(
-                policy, rollouts.samples, loop.share(rows), config.max_batch_tokens
-            ):
+            spare = partial(pack, rows[:1])
+            for (batch, where), counts in loop.rounds(pack(loop.share(rows)), spare):
                 old = _rows(rollouts.logprobs, where, batch)
                 with loop.accelerator.autocast():
                     logprobs = policy(batch, temperature=config.temperature).logprobs
@@ -285,11 +293,11 @@ def _learn(
                 )
                 mask = batch.mask
                 loss = losses[mask].sum() / tokens
-                numbers["loss/policy"] += loss.item()
+                numbers["loss/policy"] += loss.item() * counts
                 if config.kl_in == "loss":
                     ref_logprobs = _rows(rollouts.ref_logprobs, where, batch)
                     kl_loss = squared_kl_loss(logprobs, ref_logprobs)[mask].sum() / tokens
-                    numbers["loss/kl"] += kl_loss.item()
+                    numbers["loss/kl"] += kl_loss.item() * counts
                     loss = loss + config.kl_coef * kl_loss
                 if critic is not None:
                     with loop.accelerator.autocast():
@@ -301,20 +309,25 @@ def _learn(
                         clip_range=config.value_clip_range,
                     )
                     value_loss = value_losses[mask].sum() / tokens
-                    numbers["loss/value"] += value_loss.item()
+                    numbers["loss/value"] += value_loss.item() * counts
                     loss = loss + config.value_coef * value_loss
-                loop.backward(loss)
+                loop.backward(loss * counts)
                 ratio = (logprobs.detach() - old)[mask].exp()
                 clipped = (ratio - 1).abs() > config.clip_range
-                numbers["clip_fraction"] += clipped.sum().item() / tokens
-                numbers["kl/update"] += (old - logprobs.detach())[mask].sum().item() / tokens
-            numbers = {k: sum(loop.gather([v])) for k, v in numbers.items()}
+                numbers["clip_fraction"] += clipped.sum().item() / tokens * counts
+                moved = (old - logprobs.detach())[mask].sum().item()
+                numbers["kl/update"] += moved / tokens * counts
+            numbers = {k: sum(n[k] for n in loop.gather([numbers])) for k in numbers}
             numbers["grad_norm"] = loop.update()
             updates += 1
             for key, value in numbers.items():
                 totals[key] = totals.get(key, 0.0) + value
     policy.eval()
     return {key: value / updates for key, value in totals.items()}
+
+
+def _as_it_is(_module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -325,27 +338,55 @@ def observe(
     samples: list[Sample],
     scores: Tensor,
     config: PolicyConfig,
+    *,
+    whole: Whole = _as_it_is,
 ) -> Rollouts:
     """Compute log-probabilities under policy and reference, and values, of a step's completions.
 
     The policy's own are computed again as training computes them, so that the first ratio is 1 up
     to rounding whatever engine wrote the completions. `ref=None`: the adapter is switched off.
+    `whole` lends a module its weights (`Loop.whole`), for one module after the other.
     """
-    width = max(len(s.completion_ids) for s in samples)
+    width = max((len(s.completion_ids) for s in samples), default=0)
     logprobs, ref_logprobs, values = (torch.zeros(len(samples), width) for _ in range(3))
     mask = torch.zeros(len(samples), width, dtype=torch.bool)
-    for batch, where in sample_batches(
-        policy, samples, list(range(len(samples))), config.max_batch_tokens
-    ):
-        some = batch.mask.shape[1]
-        logprobs[where, :some] = policy(batch, temperature=config.temperature).logprobs.cpu()
-        with policy.adapter_off() if ref is None else contextlib.nullcontext(ref) as reference:
-            scored = reference(batch, temperature=config.temperature)
-            ref_logprobs[where, :some] = scored.logprobs.cpu()
-        if critic is not None:
-            values[where, :some] = critic(batch).cpu()
-        mask[where, :some] = batch.mask.cpu()
+    every = range(len(samples))
+    batches = sample_batches(policy, samples, list(every), config.max_batch_tokens)
+
+    def fill(out: Tensor, model: Policy) -> None:
+        for batch, where in batches:
+            scored = model(batch, temperature=config.temperature).logprobs
+            out[where, : batch.mask.shape[1]] = scored.cpu()
+
+    with whole(policy):
+        fill(logprobs, policy)
+        if ref is None:
+            with policy.adapter_off():
+                fill(ref_logprobs, policy)
+    if ref is not None:
+        with whole(ref):
+            fill(ref_logprobs, ref)
+    if critic is not None:
+        with whole(critic):
+            for batch, where in batches:
+                values[where, : batch.mask.shape[1]] = critic(batch).cpu()
+    for batch, where in batches:
+        mask[where, : batch.mask.shape[1]] = batch.mask.cpu()
     return Rollouts(samples, scores.cpu(), logprobs, ref_logprobs, values, mask)
+
+
+def _merged(
+    loop: Loop, observed: Rollouts, own: list[int], samples: list[Sample], scores: Tensor
+) -> Rollouts:
+    """Return the rollouts of all processes, of which each has observed its own rows."""
+    numbers = (observed.logprobs, observed.ref_logprobs, observed.values, observed.mask)
+    parts = loop.gather([(own, numbers)])
+    width = max(mask.shape[1] for _, (*_, mask) in parts)
+    whole = [torch.zeros(len(samples), width, dtype=some.dtype) for some in numbers]
+    for rows, some in parts:
+        for out, values in zip(whole, some, strict=True):
+            out[rows, : values.shape[1]] = values
+    return Rollouts(samples, scores.cpu(), *whole)
 
 
 def advantages_of(
