@@ -23,8 +23,8 @@ SCRIPT = Path(__file__).with_name("runs_of_processes.py")
 runs = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 # Sums in another order differ by rounding, and a step of Adam passes some of that on.
-NUMBERS: dict[str, float] = {"rel": 2e-4, "abs": 2e-5}
-WEIGHTS = 1e-4
+NUMBERS: dict[str, float] = {"rel": 1e-4, "abs": 1e-5}
+WEIGHTS = 1e-5
 
 
 class Two(NamedTuple):
@@ -34,8 +34,8 @@ class Two(NamedTuple):
     found: list[dict[str, Any]]
 
 
-def torchrun(*arguments: str) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def torchrun(*arguments: str, processes: int = 2) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [sys.executable, *launcher, *arguments], capture_output=True, text=True, check=False
     )
@@ -59,7 +59,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     """One start of two processes, which costs most of these tests' time."""
     out = tmp_path_factory.mktemp("two")
     writer, pairs, prompts = map(str, files_of_commands(out / "inputs"))
-    runs.killed("reward", out / "killed_in_one", after=5)
+    runs.killed("reward", out / "killed_in_one", after=3)
     reward = ["reward", "--preferences", pairs, "--backbone", writer]
     reward += ["--train.batch_size", "3", "--train.progress", "False"]
     policy = ["policy", "--policy", writer, "--reward", str(out / "r"), "--prompts", prompts]
@@ -93,17 +93,19 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def assert_same_run(found: Path, wanted: Path) -> None:
+def assert_same_run(
+    found: Path, wanted: Path, *, close: dict[str, float] = NUMBERS, weight: float = WEIGHTS
+) -> None:
     numbers, expected = metrics(found), metrics(wanted)
-    assert len(numbers) == len(expected) > 2
+    assert len(numbers) == len(expected) > 1
     for a, b in zip(numbers, expected, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"stage"}:
-            assert a[key] == pytest.approx(b[key], **NUMBERS), (a["step"], key)
+            assert a[key] == pytest.approx(b[key], **close), (a["step"], key)
     saved, right = weights(found), weights(wanted)
     assert saved.keys() == right.keys()
     for name in saved:
-        torch.testing.assert_close(saved[name], right[name], atol=WEIGHTS, rtol=0, msg=name)
+        torch.testing.assert_close(saved[name], right[name], atol=weight, rtol=0, msg=name)
 
 
 def test_two_processes_are_really_two_and_only_the_first_writes(two: Two):
@@ -114,20 +116,47 @@ def test_two_processes_are_really_two_and_only_the_first_writes(two: Two):
     assert not (two.folder / "full.1").exists()
 
 
-@pytest.mark.parametrize(
-    ("mode", "name"),
-    [("none", n) for n in ("reward", "ppo", "rloo")] + [("full", n) for n in runs.RUNS],
-)
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("name", runs.RUNS)
 def test_two_processes_give_the_numbers_and_weights_of_one(
     two: Two, one: Path, mode: str, name: str
 ):
     assert_same_run(two.folder / f"{mode}.0" / name, one / name)
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("three")
+    torchrun(str(SCRIPT), str(out), processes=3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def more_in_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("more")
+    for name, run in runs.MORE.items():
+        run(out / name)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("name", runs.RUNS | runs.MORE)
+def test_three_processes_give_the_numbers_of_one(
+    three: Path, one: Path, more_in_one: Path, mode: str, name: str
+):
+    wanted = (one if name in runs.RUNS else more_in_one) / name
+    if "bf16" in name:  # sharded layers hold their norms' weights in bfloat16 while they compute
+        close = {"rel": 0.05, "abs": 0.05}
+        assert_same_run(three / f"{mode}.0" / name, wanted, close=close, weight=1e-3)
+    else:
+        assert_same_run(three / f"{mode}.0" / name, wanted)
+
+
 def test_the_tolerance_of_weights_is_far_below_what_training_moves(one: Path):
     start = dict(runs.new_policy(tie_word_embeddings=True).model.named_parameters())
     moved = [(w - start[k]).abs().max().item() for k, w in weights(one / "ppo").items()]
-    assert min(moved) > 10 * WEIGHTS
+    assert min(moved) > 100 * WEIGHTS
 
 
 @pytest.mark.parametrize("name", runs.RUNS)
@@ -139,7 +168,7 @@ def test_each_process_keeps_half_of_weights_gradients_and_optimiser_states(two: 
             assert held["gradients"] == pytest.approx(held["trained"] / 2, rel=0.02)
             assert held["state"] == pytest.approx(held["trained"], rel=0.02)  # two moments
             assert held["lent"] == 0
-    for held in two.found[0].get(f"none/{name}", {}).values():
+    for held in two.found[0][f"none/{name}"].values():
         assert held["kept"] == held["all"]
         assert held["state"] == 2 * held["trained"]
 
@@ -156,8 +185,7 @@ def test_the_reference_and_the_critic_are_sharded_too(two: Two):
 def test_one_process_goes_on_from_a_checkpoint_of_two_sharded_ones(
     two: Two, one: Path, name: str, folder: str
 ):
-    before = metrics(two.folder / folder)
-    assert 0 < len(before) < len(metrics(one / name)) or name == "ppo"
+    assert not (two.folder / folder / "summary.json").exists()
     assert len(list((two.folder / folder).glob("checkpoint-*"))) == 1
     runs.RUNS[name](two.folder / folder)  # sharding=none: it may change until the resume
     assert_same_run(two.folder / folder, one / name)
