@@ -1,6 +1,6 @@
 """What one process and several do alike; run by torchrun, and imported by `test_scale`.
 
-Sizes are uneven on purpose: a batch of one pair and a minibatch of one prompt leave the second
+Sizes are uneven on purpose: a batch of one pair and a minibatch of one completion leave the second
 process without work, and budgets of few tokens give the processes different numbers of passes.
 """
 
@@ -74,14 +74,14 @@ def reward(
 
 
 def policy(out: Path | None, algorithm: str, **options: Any) -> Policy:
-    """Two steps on three prompts each, which make three minibatches."""
+    """Two steps on three prompts each, which make three minibatches, of one completion for PPO."""
     lora = options.pop("lora", 0)
     config = PolicyConfig(
         algorithm=algorithm,  # type: ignore[arg-type]
         steps=2,
         prompts_per_step=3,
         minibatches=3,
-        completions_per_prompt=3,
+        completions_per_prompt=1 if algorithm == "ppo" else 3,
         max_new_tokens=6,
         max_batch_tokens=30,
         kl_coef=0.1,
