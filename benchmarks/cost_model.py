@@ -122,9 +122,10 @@ def measured(args) -> list[str]:
     return [
         "### Held against measurements",
         f"A step of {PROMPTS} prompts of {PROMPT} tokens with {SAMPLES} completions of",
-        f"{COMPLETION}, on {args.threads} threads in float32, the reward of the policy's size: seconds",
-        "measured, and predicted from the matrix and copy rates measured beside it; MiB at the peak",
-        f"above an idle Python with its libraries, and predicted. Medians of {args.repeats} turns.",
+        f"{COMPLETION}, on {args.threads} threads in float32, the reward of the policy's size:",
+        "seconds measured, and predicted from the matrix and copy rates measured beside it; MiB at",
+        "the peak above an idle Python with its libraries, and predicted. Medians of "
+        f"{args.repeats} turns.",
         "",
         "| step | seconds | predicted | ratio | MiB | predicted | ratio |",
         "| --- | --- | --- | --- | --- | --- | --- |",
