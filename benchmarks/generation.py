@@ -114,8 +114,8 @@ class Bench:
         self.tokenizer.padding_side = "left"
         batch = self.tokenizer(self.prompts, return_tensors="pt", padding=True)
         out = self.model.generate(
-            input_ids=batch.input_ids.repeat_interleave(n, 0),
-            attention_mask=batch.attention_mask.repeat_interleave(n, 0),
+            input_ids=batch.input_ids.repeat_interleave(n, 0).to(self.model.device),
+            attention_mask=batch.attention_mask.repeat_interleave(n, 0).to(self.model.device),
             max_new_tokens=NEW,
             eos_token_id=self.eos,
             pad_token_id=int(self.tokenizer.pad_token_id),
