@@ -6,6 +6,7 @@ from torch import nn
 
 from trueward.data.packing import Group, PackedBatch, pack, pad
 from trueward.models.attention import (
+    RowLayout,
     attends_in_pieces,
     layouts_of,
     shared_prefix_attention,
@@ -112,3 +113,20 @@ def test_eager_models_and_whole_masks_stay_as_they_are():
     assert not attends_in_pieces(backbone)
     assert row_room(backbone, max_tokens=1000)(20) == 20 + round((20 * (6 * 32 + 20)) ** 0.5)
     assert row_room(backbone, max_tokens=1000, shared_prefix=False)(20) == 0
+
+
+def test_dropout_acts_on_the_weights_of_each_piece():
+    """Weights that are kept are scaled up, so that the mean stays."""
+    torch.manual_seed(0)
+    query, key = torch.zeros(1, 1, 40, 4), torch.zeros(1, 1, 40, 4)
+    value = torch.ones(1, 1, 40, 4)
+    mask = torch.empty(0, 1, 1, 1)
+    mask._trueward_layouts = [RowLayout(20, (10, 10))]
+    whole, _ = shared_prefix_attention(nn.Linear(1, 1), query, key, value, mask)
+    torch.testing.assert_close(whole, torch.ones(1, 40, 1, 4))
+    dropped = [
+        shared_prefix_attention(nn.Linear(1, 1), query, key, value, mask, dropout=0.5)[0]
+        for _ in range(200)
+    ]
+    assert dropped[0].std() > 0.1
+    assert torch.stack(dropped).mean().item() == pytest.approx(1, abs=0.02)

@@ -102,10 +102,10 @@ def shared_prefix_attention(
 
     Raises:
         AttributeError: The model did something to its mask.
-        ValueError: It asks for more than a mask (a bias, sinks, a window, dropout).
+        ValueError: It asks for more than a mask (a bias, sinks, a window).
     """
     layouts: list[RowLayout] = attention_mask._trueward_layouts  # type: ignore[attr-defined]
-    if dropout or any(kwargs.get(name) is not None for name in _SPECIAL):
+    if any(kwargs.get(name) is not None for name in _SPECIAL):
         raise ValueError(f"{type(module).__name__} attends in a way that pieces do not know.")
     # Members of a LoRA ensemble come one after the other, each with all rows.
     layouts = layouts * (query.shape[0] // len(layouts))
@@ -113,7 +113,7 @@ def shared_prefix_attention(
     if heads > 1:  # grouped queries
         key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
     rows = zip(query.split(1), key.split(1), value.split(1), layouts, strict=True)
-    out = [_attend(*row, scale=scaling) for row in rows]
+    out = [_attend(*row, dropout_p=dropout, scale=scaling) for row in rows]
     return torch.cat(out).transpose(1, 2).contiguous(), None
 
 
@@ -122,19 +122,20 @@ def _attend(
     key: Float[Tensor, "1 head seq dim"],
     value: Float[Tensor, "1 head seq dim"],
     layout: RowLayout,
-    *,
-    scale: float | None,
+    **options: Any,
 ) -> Float[Tensor, "1 head seq dim"]:
     sizes = [layout.prompt, *layout.completions]
     sizes.append(query.shape[2] - sum(sizes))  # padding: nobody reads it
     queries, keys, values = (x.split(sizes, 2) for x in (query, key, value))
-    out = [
-        F.scaled_dot_product_attention(queries[0], keys[0], values[0], is_causal=True, scale=scale)
-    ]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **masked: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, **options, **masked)
+
+    out = [attend(queries[0], keys[0], values[0], is_causal=True)]
     for i, length in enumerate(layout.completions, start=1):
         seen = torch.cat([keys[0], keys[i]], 2), torch.cat([values[0], values[i]], 2)
         mask = _completion_mask(layout.prompt, length, query.dtype)
-        out.append(F.scaled_dot_product_attention(queries[i], *seen, attn_mask=mask, scale=scale))
+        out.append(attend(queries[i], *seen, attn_mask=mask))
     out.append(torch.zeros_like(values[-1]))
     return torch.cat(out, 2)
 
