@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 # Made again when the project's requirements change.
 .venv/installed: pyproject.toml constraints.txt
@@ -24,6 +24,11 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) test
+
+# Side by side with TRL: make bench DATA=folder-of-preference-sets. Hours; docs/performance.md.
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,trl]'
+	$(BIN)/python benchmarks/run.py $(if $(DATA),--data_dir $(DATA))
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

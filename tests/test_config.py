@@ -1,10 +1,12 @@
 """YAML and command line: defaults, precedence, and errors that name file, line and remedy."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from trueward.config import parse
 from trueward.data.formats import DataError
@@ -98,12 +100,37 @@ def test_a_mistake_on_the_command_line_is_one_sentence(arguments: list[str], sen
     assert "│" not in str(error.value)
 
 
-@pytest.mark.parametrize("setting", [[], ["--setting", "tiny"], ["--setting", "gpu"]])
-def test_the_recipe_parses(setting: list[str]):
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_and_its_settings_are_read_by_the_command_that_it_names(recipe: Path):
+    from trueward.lab.compare import CompareConfig, check
+    from trueward.lab.families import FamiliesConfig
+    from trueward.lab.refinements import RefinementsConfig
     from trueward.pipeline import RLPConfig
 
-    recipe = Path(__file__).parents[1] / "recipes" / "alpaca.yaml"
-    found = parse(RLPConfig, ["--config", str(recipe), *setting], command="rlp")
+    commands = {
+        "compare": CompareConfig,
+        "families": FamiliesConfig,
+        "refinements": RefinementsConfig,
+        "rlp": RLPConfig,
+    }
+    text = recipe.read_text("utf-8")
+    named = re.findall(r"^#\s+trueward (\w+) --config recipes/(\w+)\.yaml", text, re.MULTILINE)
+    assert {name for _, name in named} == {recipe.stem}
+    (command,) = {command for command, _ in named}
+    for setting in [None, *(yaml.safe_load(text).get("settings") or {})]:
+        laid_over = ["--setting", setting] if setting else []
+        found = parse(commands[command], ["--config", str(recipe), *laid_over], command=command)
+        if isinstance(found, CompareConfig):
+            check(found)
+
+
+def test_the_pipelines_recipe_has_its_control_and_the_papers_samples():
+    from trueward.pipeline import RLPConfig
+
+    found = parse(RLPConfig, ["--config", str(RECIPES / "alpaca.yaml")], command="rlp")
     assert found.methods == ["control", "spg", "uml"]
     assert found.samples.n == 10
 

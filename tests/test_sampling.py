@@ -113,9 +113,11 @@ def test_rows_stop_at_eos_and_leave_the_batch(tokenizer: PreTrainedTokenizerFast
         assert s.finished or len(s.completion_ids) == 30
     assert sizes[0][0] == 5  # each prompt once, not once a sample
     lengths = [len(s.completion_ids) for s in samples]
-    # After t tokens, exactly the rows that still write are computed, a token each.
-    expected = [(sum(n > t for n in lengths), 1) for t in range(1, max(lengths))]
-    assert sizes[1:] == expected
+    # After t tokens, of the rows that are computed more than seven in eight still write.
+    assert len(sizes) == max(lengths)
+    for t, (rows, tokens) in enumerate(sizes[1:], start=1):
+        assert tokens == 1
+        assert 7 * rows < 8 * sum(n > t for n in lengths) <= 8 * rows
     assert sizes[1][0] > sizes[-1][0]
 
 

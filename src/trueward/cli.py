@@ -66,6 +66,8 @@ def _run(name: str, arguments: list[str]) -> int:
 
     transformers_logging.set_verbosity_error()  # its load reports and bars are not our progress
     transformers_logging.disable_progress_bar()
+    if os.environ.get("RANK", "0") != "0":  # the first process speaks for all
+        logging.getLogger("trueward").setLevel(logging.ERROR)
     try:
         commands.run(name, arguments)
     except KeyboardInterrupt:

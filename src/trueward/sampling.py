@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.cache_utils import DynamicCache
 
 from trueward.data.formats import (
     DataError,
@@ -24,6 +23,7 @@ from trueward.data.formats import (
     write_jsonl,
 )
 from trueward.data.tokens import prompt_ids as ids_of_prompt
+from trueward.models.cache import growing_cache, worth_dropping
 from trueward.models.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ def _sample_batch(
         input_ids[row, width - len(ids) :] = torch.tensor(ids, device=device)
         mask[row, width - len(ids) :] = 1
     position_ids = (mask.cumsum(1) - 1).clamp_min(0)
-    cache = DynamicCache(config=policy.model.config)
+    cache = growing_cache(policy.model.config)
     out = policy.model(
         input_ids=input_ids,
         attention_mask=mask,
@@ -260,23 +260,25 @@ def _sample_batch(
     mask = mask.repeat_interleave(n, 0)
     positions = position_ids[:, -1].repeat_interleave(n, 0)
 
-    rows = torch.arange(len(encoded) * n, device=device)  # rows that still write
+    rows = torch.arange(len(encoded) * n, device=device)  # rows in the cache
+    going = torch.ones_like(rows, dtype=torch.bool)  # those of them that still write
     drawn = torch.full((len(rows), steps), -1, device=device)
     logprobs = torch.zeros(len(rows), steps, device=device)
     for step in range(steps):
         token, logprob = draw(
             logits, noise[rows, step], temperature=config.temperature, top_p=config.top_p
         )
-        drawn[rows, step], logprobs[rows, step] = token, logprob
-        going = (token != tokenizer.eos_token_id) & (budget[rows] > step + 1)
+        drawn[rows[going], step], logprobs[rows[going], step] = token[going], logprob[going]
+        going &= (token != tokenizer.eos_token_id) & (budget[rows] > step + 1)
         if not going.any():
             break
-        if not going.all():
+        if worth_dropping(going):
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
             rows, token, mask, positions = rows[keep], token[keep], mask[keep], positions[keep]
+            going = going[keep]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        positions = positions + 1
+        positions = positions + going  # a row that has ended may have no position left
         out = policy.model(
             input_ids=token[:, None],
             attention_mask=mask,

@@ -1,3 +1,5 @@
+import itertools
+import math
 import random
 
 import pytest
@@ -137,17 +139,60 @@ def test_batches_hold_every_group_once_within_the_budget(shared_prefix: bool) ->
         for _ in range(40)
     ]
     form = pack if shared_prefix else pad
-    batches = list(token_budget_batches(groups, max_tokens=80, shared_prefix=shared_prefix))
+    batches = list(
+        token_budget_batches(groups, max_tokens=80, call_tokens=80, shared_prefix=shared_prefix)
+    )
     assert sorted(i for batch in batches for i in batch) == list(range(40))
     sizes = [form([groups[i] for i in b], pad_id=0).input_ids.numel() for b in batches]
     assert max(sizes) <= 80
     assert 1 < len(batches) < 25  # and they are not needlessly small
 
 
+@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("call_tokens", [0, 5, 60])
+def test_of_all_cuts_into_batches_the_cheapest_is_taken(shared_prefix: bool, call_tokens: int):
+    rng = random.Random(2)
+    groups = [
+        Group([3] * rng.randint(1, 9), [[4] * rng.randint(1, 9) for _ in range(rng.randint(1, 3))])
+        for _ in range(10)
+    ]
+    form = pack if shared_prefix else pad
+
+    def cost(batches: list[list[int]]) -> float:
+        sizes = [form([groups[i] for i in b], pad_id=0).input_ids.numel() for b in batches]
+        return math.inf if max(sizes) > 60 else sum(sizes) + call_tokens * len(sizes)
+
+    found = list(
+        token_budget_batches(
+            groups, max_tokens=60, shared_prefix=shared_prefix, call_tokens=call_tokens
+        )
+    )
+    ordered = [i for batch in reversed(found) for i in batch]
+    cuts = itertools.product([False, True], repeat=len(ordered) - 1)
+    costs = []
+    for cut in cuts:
+        batches = [[ordered[0]]]
+        for i, new in zip(ordered[1:], cut, strict=True):
+            if new:
+                batches.append([i])
+            else:
+                batches[-1].append(i)
+        costs.append(cost(batches))
+    assert cost(found) == min(costs)
+    assert len({c for c in costs if c < math.inf}) > 5
+
+
+def test_free_calls_leave_no_padding_and_dear_ones_no_room():
+    groups = [Group([3] * n, [[4]]) for n in (1, 2, 3, 1, 2, 3)]
+    free = list(token_budget_batches(groups, max_tokens=100, call_tokens=0))
+    assert sorted(map(sorted, free)) == [[0, 3], [1, 4], [2, 5]]
+    assert len(list(token_budget_batches(groups, max_tokens=100, call_tokens=100))) == 1
+
+
 def test_a_group_above_the_budget_travels_alone() -> None:
     groups = [Group([3] * 50, [[4] * 50]), Group([3], [[4]]), Group([3], [[4]])]
-    assert list(token_budget_batches(groups, max_tokens=10)) == [[1, 2], [0]]
-    assert list(token_budget_batches([], max_tokens=10)) == []
+    assert list(token_budget_batches(groups, max_tokens=10, call_tokens=10)) == [[0], [1, 2]]
+    assert list(token_budget_batches([], max_tokens=10, call_tokens=10)) == []
 
 
 @pytest.mark.parametrize(("prompt", "hidden_size"), [(8, 96), (256, 256), (300, 4096)])

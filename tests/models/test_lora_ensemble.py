@@ -94,7 +94,7 @@ def one_by_one(model: RewardModel, batch: PackedBatch) -> Tensor:
             transposed = isinstance(model.backbone.get_submodule(name), Conv1D)
             weights[f"{name}.weight"] = weight + (added.T if transposed else added)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if batch.attention_mask.is_floating_point():
+        if batch.packed:
             inputs["position_ids"] = batch.position_ids
         inputs["use_cache"] = False
         states = functional_call(model.backbone, weights, kwargs=inputs).last_hidden_state

@@ -284,7 +284,7 @@ def test_members_from_one_start_are_connected_and_models_from_two_are_not() -> N
     data, held_out = rows(64), rows(100, seed=77)
     starts = [probe_head(made(seed), data) for seed in (0, 1)]
     settings = diverse_members(2, learning_rates=(3e-4, 1.5e-4))
-    config = RewardConfig(epochs=2.0, batch_size=16, progress=False)
+    config = RewardConfig(epochs=3.0, batch_size=16, progress=False)
 
     def trained(start: RewardModel, own: MemberSettings) -> RewardModel:
         options = dataclasses.replace(config, learning_rate=own.learning_rate, seed=own.seed)

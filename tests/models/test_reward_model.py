@@ -178,8 +178,8 @@ def test_batches_stay_within_batch_size_and_max_tokens(tokenizer: PreTrainedToke
     assert max(b.input_ids.numel() for b in seen) <= 100
     seen.clear()
     model.score(PROMPTS, COMPLETIONS)
-    assert len(seen) == 1
-    assert seen[0].input_ids.shape[0] < 6  # rows: completions of a prompt share one
+    assert len(seen) == 2  # the longest row by itself: on a CPU padding costs more than a call
+    assert sum(b.input_ids.shape[0] for b in seen) < 6  # completions of a prompt share a row
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])

@@ -371,4 +371,5 @@ def test_refined_rewards_have_a_table_of_whose_answers_they_tell_apart(tmp_path:
     assert "on answers of<br>the moved policy" in page or "the moved policy" in page
     assert "85.0" in page
     assert "5.0" in page  # the second less the first
+    assert (tmp_path / "figures" / "agreement_by_policy.png").exists()
     assert "Whose answers" not in report(tmp_path / "o", [method("first")], baseline="first")

@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from trueward.evaluate.calibration import reliability_curve
+from trueward.evaluate.comparison import Estimate
 from trueward.report.figures import (
     Curve,
     Mark,
@@ -20,6 +21,7 @@ from trueward.report.figures import (
     reliability_panels,
     save_figure,
     settle_layout,
+    several_dots_figure,
     sqrt_ticks,
 )
 from trueward.report.svg import INK, SERIES_LIGHT, to_svg
@@ -370,3 +372,23 @@ def test_png_and_pdf_lie_side_by_side_and_other_dots_stay(tmp_path: Path) -> Non
     assert png.read_bytes()[:4] == b"\x89PNG"
     assert pdf.read_bytes()[:4] == b"%PDF"
     assert [p.name for p in save_figure(both(), tmp_path / "v1.2")] == ["v1.2.png", "v1.2.pdf"]
+
+
+def test_dots_of_several_series_stand_apart_in_their_rows() -> None:
+    one = {"a": Estimate(mean=0.6, low=0.5, high=0.7), "b": Estimate(mean=0.8)}
+    figure = several_dots_figure(
+        {"first": one, "second": {"b": Estimate(mean=0.4)}}, title="t", x_label="x", middle=0.5
+    )
+    axes = figure.axes[0]
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [(d.get_xdata()[0], round(d.get_ydata()[0], 2)) for d in dots[:2]] == [
+        (0.6, -0.11),
+        (0.8, 0.89),
+    ]
+    assert dots[3].get_xdata()[0] == 0.4
+    assert round(dots[3].get_ydata()[0], 2) == 1.11
+    assert dots[0].get_color() != dots[3].get_color()
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["first", "second"]
+    with pytest.raises(ValueError, match="at least one estimate"):
+        several_dots_figure({}, title="t", x_label="x", middle=0.5)

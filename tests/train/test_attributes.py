@@ -372,8 +372,9 @@ def test_an_unrated_attribute_teaches_nothing():
         outcomes.append(
             head_of(train_attributes(new_base(), [odd, other, *rows], config)).linear.weight
         )
-    assert torch.equal(outcomes[0][2:], outcomes[1][2:])
-    assert not torch.equal(outcomes[0][:2], outcomes[1][:2])
+    # Batches are cut by length, so that the last bits may differ.
+    torch.testing.assert_close(outcomes[0][2:], outcomes[1][2:], atol=1e-6, rtol=0)
+    assert (outcomes[0][:2] - outcomes[1][:2]).abs().max() > 1e-3
 
 
 # ---- stage 1: rows -----------------------------------------------------------------------------

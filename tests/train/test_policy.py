@@ -192,8 +192,8 @@ def test_the_kl_in_the_loss_has_the_gradient_of_its_formula(
     gradients: dict[str, Tensor] = {}
     policy, observe, update = away_from_its_reference(), policy_module.observe, Loop.update
 
-    def observing(*args: Any) -> Rollouts:
-        rollouts.append(observe(*args))
+    def observing(*args: Any, **options: Any) -> Rollouts:
+        rollouts.append(observe(*args, **options))
         return rollouts[-1]
 
     def updating(loop: Loop) -> float:

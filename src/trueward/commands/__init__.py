@@ -18,6 +18,7 @@ from trueward.commands.training import (
     sft,
 )
 from trueward.config import parse
+from trueward.data.formats import DataError
 from trueward.lab.alarm import AlarmStudyConfig, run_alarm
 from trueward.lab.compare import run_compare
 from trueward.lab.demo import DemoConfig, run_demo
@@ -25,6 +26,7 @@ from trueward.lab.families import FamiliesConfig, run_families
 from trueward.lab.plan import CompareConfig
 from trueward.lab.refinements import RefinementsConfig, run_refinements
 from trueward.pipeline import RLPConfig
+from trueward.train.processes import process_count
 
 RUNS: dict[str, tuple[type, Callable[..., object]]] = {
     "demo": (DemoConfig, run_demo),
@@ -45,8 +47,20 @@ RUNS: dict[str, tuple[type, Callable[..., object]]] = {
     "report": (ReportCommand, report),
 }
 
+OVER_PROCESSES = ("sft", "reward", "policy")  # what torchrun may start several times
+
 
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Parse a command's configuration and run it."""
+    """Parse a command's configuration and run it.
+
+    Raises:
+        DataError: Several processes run a command that does not share its work among them.
+    """
     config_class, function = RUNS[name]
-    function(parse(config_class, arguments, command=name))
+    config: object = parse(config_class, arguments, command=name)
+    if process_count() > 1 and name not in OVER_PROCESSES:
+        raise DataError(
+            f"{name} runs in one process, and torchrun started {process_count()}: leave torchrun "
+            f"to {', '.join(OVER_PROCESSES)}."
+        )
+    function(config)

@@ -9,9 +9,10 @@ from rich.console import Console
 from trueward.data.formats import DataError, Loaded
 from trueward.data.functions import is_python_function, python_function
 from trueward.models.reward_function import Reward, load_reward_models
+from trueward.train.processes import is_main_process
 from trueward.train.run_folder import RunFolder, finished_summary
 
-console = Console(stderr=True)
+console = Console(stderr=True, quiet=not is_main_process())
 
 
 @runtime_checkable

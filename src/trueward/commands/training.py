@@ -52,7 +52,7 @@ from trueward.refine.spg import SPGConfig, prompt_routes
 from trueward.report.run import report_run
 from trueward.sampling import fitting_prompts, read_samples
 from trueward.train.alarm import AlarmConfig
-from trueward.train.families import FamilyConfig, Maker, train_family
+from trueward.train.families import FamilyConfig, Maker, require_processes, train_family
 from trueward.train.loop import seed_of
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig
@@ -101,6 +101,7 @@ class RewardCommand(FamilyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_own_options()
+        require_processes(self, self.train)
         if self.lora_rank and self.family == "lora":
             raise ValueError("family=lora has adapters of its own: set --lora.rank, not lora_rank.")
         if self.selection and self.family != "warm":

@@ -12,11 +12,14 @@ row for each completion with right padding, carries the same fields, so that not
 knows which of the two it reads.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -39,11 +42,23 @@ class PackedBatch:
 
     input_ids: Int[Tensor, "row seq"]
     position_ids: Int[Tensor, "row seq"]
-    attention_mask: Float[Tensor, "row 1 seq seq"] | Int[Tensor, "row seq"]
+    segments: Int[Tensor, "row seq"]  # 0 in prompts, 1, 2, ... in completions, -1 in padding
+    packed: bool  # rows may hold several completions, which must not see each other
     rows: Int[Tensor, " completion"]  # the row that holds the completion
     prompt_ends: Int[Tensor, " completion"]  # column of the prompt's last token
     starts: Int[Tensor, " completion"]  # column of the completion's first token
     lengths: Int[Tensor, " completion"]  # tokens in the completion
+    dtype: torch.dtype = torch.float32  # of the model, whose additive mask must have it
+
+    @cached_property
+    def attention_mask(self) -> Float[Tensor, "row 1 seq seq"] | Int[Tensor, "row seq"]:
+        """The additive mask of packed rows; ones and zeros of rows with one completion each.
+
+        Made when it is asked for: attention in pieces (`models.attention`) does without.
+        """
+        if self.packed:
+            return shared_prefix_mask(self.segments, dtype=self.dtype)
+        return (self.segments >= 0).long()
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -79,37 +94,35 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedBatch":
         """Move to a device; `dtype` is for the additive 4-D mask, which follows the model's."""
-        attention_mask = self.attention_mask.to(device)
-        if attention_mask.is_floating_point() and dtype is not None:
-            # float32's lowest value is -inf in float16, and -inf rows become NaN.
-            attention_mask = attention_mask.clamp_min(torch.finfo(dtype).min).to(dtype)
         return PackedBatch(
             input_ids=self.input_ids.to(device),
             position_ids=self.position_ids.to(device),
-            attention_mask=attention_mask,
+            segments=self.segments.to(device),
+            packed=self.packed,
             rows=self.rows.to(device),
             prompt_ends=self.prompt_ends.to(device),
             starts=self.starts.to(device),
             lengths=self.lengths.to(device),
+            dtype=dtype or self.dtype,
         )
 
 
 def shared_prefix_mask(
-    segments: Int[Tensor, "row seq"],
+    segments: Int[Tensor, "row seq"], *, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "row 1 seq seq"]:
     """Return the additive mask of packed rows: 0 where a token may look, else the lowest float.
 
     `segments` holds 0 at prompt tokens, 1, 2, ... at the completions' tokens and -1 at padding. A
     token sees earlier tokens of the prompt and of its own segment. Padding sees itself, because a
-    row that sees nothing would be NaN.
+    row that sees nothing would be NaN; so would one of -inf, which float32's lowest is in float16.
     """
     seq = segments.shape[1]
     causal = torch.ones(seq, seq, dtype=torch.bool, device=segments.device).tril()
     query, key = segments[:, :, None], segments[:, None, :]
     visible = causal & (key >= 0) & (query >= 0) & ((key == 0) | (key == query))
     visible |= torch.eye(seq, dtype=torch.bool, device=segments.device)
-    mask = torch.zeros(visible.shape, dtype=torch.float32, device=segments.device)
-    return mask.masked_fill_(~visible, torch.finfo(torch.float32).min)[:, None]
+    mask = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def pack(groups: Sequence[Group], *, pad_id: int) -> PackedBatch:
@@ -132,7 +145,7 @@ def pack(groups: Sequence[Group], *, pad_id: int) -> PackedBatch:
             segments[i, column:end] = k
             where.append((i, size - 1, column, len(completion)))
             column = end
-    return _batch(input_ids, position_ids, shared_prefix_mask(segments), where)
+    return _batch(input_ids, position_ids, segments, where, packed=True)
 
 
 def pad(groups: Sequence[Group], *, pad_id: int) -> PackedBatch:
@@ -140,25 +153,32 @@ def pad(groups: Sequence[Group], *, pad_id: int) -> PackedBatch:
     pairs = [(g.prompt_ids, c) for g in groups for c in g.completions]
     width = max(len(p) + len(c) for p, c in pairs)
     input_ids = torch.full((len(pairs), width), pad_id)
-    attention_mask = torch.zeros(len(pairs), width, dtype=torch.long)
+    segments = torch.full((len(pairs), width), -1)
     where = []
     for i, (prompt, completion) in enumerate(pairs):
         size = len(prompt) + len(completion)
         input_ids[i, :size] = torch.tensor([*prompt, *completion])
-        attention_mask[i, :size] = 1
+        segments[i, : len(prompt)] = 0
+        segments[i, len(prompt) : size] = 1
         where.append((i, len(prompt) - 1, len(prompt), len(completion)))
-    position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)
-    return _batch(input_ids, position_ids, attention_mask, where)
+    position_ids = ((segments >= 0).cumsum(1) - 1).clamp_min(0)
+    return _batch(input_ids, position_ids, segments, where, packed=False)
 
 
 def _batch(
-    input_ids: Tensor, position_ids: Tensor, mask: Tensor, where: list[tuple[int, int, int, int]]
+    input_ids: Tensor,
+    position_ids: Tensor,
+    segments: Tensor,
+    where: list[tuple[int, int, int, int]],
+    *,
+    packed: bool,
 ) -> PackedBatch:
     rows, prompt_ends, starts, lengths = torch.tensor(where).unbind(1)
     return PackedBatch(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=mask,
+        segments=segments,
+        packed=packed,
         rows=rows,
         prompt_ends=prompt_ends,
         starts=starts,
@@ -217,25 +237,37 @@ def padded_size(group: Group) -> tuple[int, int]:
 
 
 def token_budget_batches(
-    groups: Sequence[Group], *, max_tokens: int, shared_prefix: bool = True
+    groups: Sequence[Group],
+    *,
+    max_tokens: int,
+    call_tokens: int,
+    shared_prefix: bool = True,
 ) -> Iterator[list[int]]:
     """Yield lists of group indices, sorted by length, each within `max_tokens` padded tokens.
 
-    A group larger than the budget travels alone. Sorting keeps padding small; the caller puts the
-    results back in order, so a score never depends on the batch it happened to travel in.
+    Of all ways to cut the sorted groups into batches, the one with the fewest padded tokens and
+    calls, where a call costs as much as `call_tokens` tokens do (as many as `max_tokens`: batches
+    are as full as can be). A group larger than the budget travels alone. The caller puts results
+    back in order, so a score never depends on the batch it happened to travel in.
     """
-
-    def rows_and_width(i: int) -> tuple[int, int]:
-        return (1, packed_size(groups[i])) if shared_prefix else padded_size(groups[i])
-
-    batch: list[int] = []
-    rows = width = 0
-    for i in sorted(range(len(groups)), key=lambda i: rows_and_width(i)[1]):
-        more, wide = rows_and_width(i)
-        if batch and (rows + more) * max(width, wide) > max_tokens:
-            yield batch
-            batch, rows, width = [], 0, 0
-        batch.append(i)
-        rows, width = rows + more, max(width, wide)
-    if batch:
-        yield batch
+    if not groups:
+        return
+    sizes = [(1, packed_size(g)) if shared_prefix else padded_size(g) for g in groups]
+    order = sorted(range(len(groups)), key=lambda i: sizes[i][1])
+    rows = np.concatenate([[0], np.cumsum([sizes[i][0] for i in order])])
+    # least[k]: tokens and calls of the first k groups at their cheapest; the last of their batches
+    # starts at starts[k]. A batch is as wide as its last group.
+    least = np.zeros(len(order) + 1)
+    starts = np.zeros(len(order) + 1, dtype=np.int64)
+    for end, i in enumerate(order, start=1):
+        width = sizes[i][1]
+        first = int(np.searchsorted(rows, rows[end] - max_tokens // max(1, width)))
+        first = min(first, end - 1)
+        costs = least[first:end] + (rows[end] - rows[first:end]) * width
+        best = int(costs.argmin())
+        starts[end], least[end] = first + best, costs[best] + call_tokens
+    ends = [len(order)]
+    while ends[-1]:
+        ends.append(int(starts[ends[-1]]))
+    for end, start in itertools.pairwise(ends):  # longest first: a batch that does not fit memory
+        yield order[start:end]  # fails at once

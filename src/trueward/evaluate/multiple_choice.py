@@ -22,7 +22,7 @@ from trueward.data.sources import json_type
 from trueward.data.tokens import Tokens, prompt_ids, start_token_id, truncate_prompt
 from trueward.models.policy import Policy
 from trueward.sampling import Sample
-from trueward.train.policy import packed_batches
+from trueward.train.policy import sample_batches
 
 DELIMITER = " "  # between query and choice, the harness's `target_delimiter`
 LETTERS = "ABCDEFGHIJ"
@@ -154,7 +154,7 @@ def choice_loglikelihoods(
     sums = torch.zeros(len(samples), dtype=torch.float64)
     was_training = policy.training
     policy.eval()
-    for batch, where in packed_batches(policy, samples, range(len(samples)), max_tokens):
+    for batch, where in sample_batches(policy, samples, range(len(samples)), max_tokens):
         sums[where] = (policy(batch).logprobs * batch.mask).double().sum(dim=1).cpu()
     policy.train(was_training)
     return list(sums.split([len(q.choices) for q in questions])), truncated

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trueward.data.formats import Completion, Prompt, text_of
-from trueward.data.packing import Group, token_budget_batches
+from trueward.data.packing import Group
 from trueward.data.tokens import prompt_ids
 from trueward.evaluate.judges import Judge
-from trueward.models.backbone import can_share_prefixes, make_batch
+from trueward.models.backbone import packed_batches
 from trueward.models.policy import Policy
 
 # It ends with a line's end, so that the answer's first token is that of a word at a line's start.
@@ -120,16 +120,12 @@ def _answer_margins(
     """Return `log pi(first answer) - log pi(second answer)` after each text of ids."""
     margins = torch.zeros(len(asked), dtype=torch.float64)
     groups = [Group(ids, answers) for ids in asked]
-    share = can_share_prefixes(policy.backbone)
     was_training = policy.training
     policy.eval()
-    for some in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=share):
-        batch = make_batch(
-            policy.backbone,
-            [groups[g] for g in some],
-            pad_id=int(policy.tokenizer.pad_token_id),
-            shared_prefix=share,
-        )
+    pad_id = int(policy.tokenizer.pad_token_id)
+    for some, batch in packed_batches(
+        policy.backbone, groups, pad_id=pad_id, max_tokens=max_tokens
+    ):
         # Nothing is masked away: `logprobs` is zero beyond an answer's end.
         logps = policy(batch).logprobs.double().sum(1).view(-1, 2).cpu()
         margins[some] = logps[:, 0] - logps[:, 1]

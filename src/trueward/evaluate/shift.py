@@ -34,7 +34,7 @@ from trueward.models.reward_function import Reward, fits_context, fitting_rows, 
 from trueward.models.reward_model import RewardModel
 from trueward.sampling import Sample
 from trueward.train.attributes import completion_states
-from trueward.train.policy import packed_batches
+from trueward.train.policy import sample_batches
 
 # ---- pairs of a policy's own completions -------------------------------------------------------
 
@@ -664,7 +664,7 @@ def policy_kl(
     if not samples:
         raise ValueError("a KL needs the policy's completions, got none.")
     totals: dict[str, float] = dict.fromkeys(("kl/exact", "kl/k1", "kl/k2", "kl/k3"), 0.0)
-    for batch, _ in packed_batches(policy, samples, range(len(samples)), max_tokens):
+    for batch, _ in sample_batches(policy, samples, range(len(samples)), max_tokens):
         logprobs, ref_logprobs = policy(batch).logprobs, ref(batch).logprobs
         totals["kl/exact"] += exact_token_kl(policy, ref, batch).sum().item()
         for estimator in ("k1", "k2", "k3"):

@@ -2,7 +2,9 @@
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -11,24 +13,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trueward.data.packing import Group, PackedBatch, pack, pad
+from trueward.data.packing import (
+    Group,
+    PackedBatch,
+    pack,
+    pad,
+    row_tokens,
+    token_budget_batches,
+)
+from trueward.models.attention import attends_in_pieces, in_pieces, use_whole_masks
 
 logger = logging.getLogger(__name__)
 
 
 def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Float[Tensor, "row seq hidden"]:
     """Return the last layer's states; the cache is off because nothing here continues a text."""
-    inputs: dict[str, Tensor | bool] = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-    }
+    inputs: dict[str, Tensor | bool] = {"input_ids": batch.input_ids}
     # Without sharing, rows are right padded and the model's own count is right; RoBERTa's starts
     # after its pad id, so ours would be wrong there.
-    if batch.attention_mask.is_floating_point():
+    if batch.packed:
         inputs["position_ids"] = batch.position_ids
     if "use_cache" in _parameters(backbone):
         inputs["use_cache"] = False
-    states: Tensor = backbone(**inputs).last_hidden_state
+    with in_pieces(backbone, batch) as mask:
+        states: Tensor = backbone(**inputs, attention_mask=mask).last_hidden_state
     return states
 
 
@@ -53,6 +61,9 @@ def can_share_prefixes(backbone: PreTrainedModel | PeftModel) -> bool:
     if known is not None:
         return known
     reason = _refusal(backbone)
+    if reason and attends_in_pieces(backbone):
+        use_whole_masks(backbone)
+        reason = _refusal(backbone)
     if reason:
         logger.warning(
             "%s %s: prompts are computed once for each completion.",
@@ -98,7 +109,7 @@ def _refusal(backbone: PreTrainedModel | PeftModel) -> str:
                 )[0, len(prompt) - 1].float()
                 for c in (first[:2], second)
             ]
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         return f"refused a packed row ({type(error).__name__})"
     finally:
         backbone.train(was_training)
@@ -123,9 +134,80 @@ def make_batch(
     pad_id: int,
     shared_prefix: bool = True,
 ) -> PackedBatch:
-    """Pack the groups where the backbone can share prefixes, and pad them where it cannot."""
-    form = pack if shared_prefix and can_share_prefixes(backbone) else pad
+    """Pack the groups where the backbone can share prefixes, and pad them where it cannot.
+
+    Groups of one completion each share nothing: rows without a mask of their own are cheaper.
+    """
+    several = any(len(group.completions) > 1 for group in groups)
+    form = pack if several and shared_prefix and can_share_prefixes(backbone) else pad
     return form(groups, pad_id=pad_id).to(backbone.device, backbone.dtype)
+
+
+def packed_batches(
+    backbone: PreTrainedModel | PeftModel,
+    groups: Sequence[Group],
+    *,
+    pad_id: int,
+    max_tokens: int,
+    shared_prefix: bool = True,
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """Yield batches of at most `max_tokens` padded tokens, with the indices of their groups."""
+    shared_prefix = shared_prefix and can_share_prefixes(backbone)
+    for some in token_budget_batches(
+        groups, shared_prefix=shared_prefix, **batch_budget(backbone, max_tokens)
+    ):
+        batch = [groups[i] for i in some]
+        yield some, make_batch(backbone, batch, pad_id=pad_id, shared_prefix=shared_prefix)
+
+
+def row_room(
+    backbone: PreTrainedModel | PeftModel, *, max_tokens: int, shared_prefix: bool = True
+) -> Callable[[int], int]:
+    """Return how long a packed row may be, as a function of its prompt's tokens.
+
+    Attention in pieces costs a completion the same in any row, so that the row may grow until the
+    prompt is a small part of it; over a square mask see `row_tokens`. 0 where nothing is shared.
+    """
+    if not (shared_prefix and can_share_prefixes(backbone)):
+        return lambda _: 0
+    if attends_in_pieces(backbone):
+        return lambda prompt: min(16 * prompt, max(_CPU_TOKENS, 4 * prompt), max_tokens)
+    hidden_size = backbone.config.get_text_config().hidden_size
+    return partial(row_tokens, hidden_size=hidden_size)
+
+
+def batch_budget(backbone: PreTrainedModel | PeftModel, max_tokens: int) -> dict[str, int]:
+    """Return the budget of a call in `token_budget_batches`, for where the backbone is.
+
+    An accelerator wants calls as full as can be. A CPU does not: a call costs as much as a few
+    tokens (80 and 5 measured on Llamas of 0.4 and 5 million parameters, forward and backward), and
+    what does not fit its caches costs more, so that small calls with next to no padding are best.
+    """
+    if backbone.device.type != "cpu":
+        return {"max_tokens": max_tokens, "call_tokens": max_tokens}
+    return {"max_tokens": min(max_tokens, _CPU_TOKENS), "call_tokens": 32}
+
+
+_CPU_TOKENS = 2048  # of a call
+
+
+def layer_list(backbone: PreTrainedModel | PeftModel) -> nn.ModuleList:
+    """Return the list of the backbone's layers: the one as long as its configuration says.
+
+    A backbone of ours may name it: the trunk on a sentence encoder, whose own layers are frozen.
+    """
+    named = getattr(backbone, "trueward_layers", None)
+    if isinstance(named, nn.ModuleList):
+        return named
+    count = backbone.config.get_text_config().num_hidden_layers
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"No list of {count} layers was found in {type(backbone).__name__}, so they "
+        "can neither have members' adapters (a LoRA ensemble) nor be spread over processes "
+        "(sharding=full): leave both out."
+    )
 
 
 def max_positions(backbone: PreTrainedModel | PeftModel) -> int | None:
@@ -179,8 +261,11 @@ def add_adapters(
 
 
 def default_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the accelerator if there is one (under torchrun the process's own), else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda") if local is None else torch.device("cuda", int(local))
 
 
 def disable_dropout(model: nn.Module) -> None:

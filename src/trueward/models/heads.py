@@ -87,7 +87,8 @@ class GaussianHeads(Head):
             out = self.linear(self.dropout(hidden.float()))
         out = out.unflatten(-1, (self.members, 2))
         log_stds = out[..., 1].clamp(LOG_STD_MIN, LOG_STD_MAX)
-        return HeadOutput(out[..., 0], log_stds.exp())
+        # No view: whatever a sharded model returns gets a hook, which a view could lose.
+        return HeadOutput(out[..., 0].clone(), log_stds.exp())
 
     def describe(self) -> dict[str, object]:
         """Return what `make_head` needs to build these heads again."""

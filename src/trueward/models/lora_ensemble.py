@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trueward.data.packing import PackedBatch
 from trueward.losses.diversity import nuclear_norm_diversity
-from trueward.models.backbone import hidden_states
+from trueward.models.backbone import hidden_states, layer_list
 from trueward.models.heads import Head, HeadOutput
 
 # On a CPU a part of a batch holds at most so many tokens of all members together: beyond that the
@@ -139,7 +139,7 @@ class LoRAEnsemble(nn.Module):
         for name, value in (("members", members), ("rank", rank)):
             if value < 1:
                 raise ValueError(f"A LoRA ensemble needs {name} of at least 1, got {value}.")
-        total = len(layers_of(backbone))
+        total = len(layer_list(backbone))
         if not 1 <= layers <= total:
             raise ValueError(f"layers must lie between 1 and the backbone's {total}, got {layers}.")
         self.members, self.rank, self.layers = members, rank, layers
@@ -194,7 +194,7 @@ class LoRAEnsemble(nn.Module):
                 batch,
                 input_ids=batch.input_ids[these],
                 position_ids=batch.position_ids[these],
-                attention_mask=batch.attention_mask[these],
+                segments=batch.segments[these],
                 rows=batch.rows[inside] - first,
                 prompt_ends=batch.prompt_ends[inside],
                 starts=batch.starts[inside],
@@ -228,7 +228,7 @@ class LoRAEnsemble(nn.Module):
         # A sentence backbone's layers read one state of a text, not one of each token.
         states = 1 if getattr(backbone, "trueward_layers", None) is not None else seq
         one = _Pass(members=self.members, rows=rows, seq=states)
-        layers = layers_of(backbone)
+        layers = layer_list(backbone)
         handles: list[RemovableHandle] = []
         try:
             for layer in layers[len(layers) - self.layers :]:
@@ -262,7 +262,7 @@ def layer_count(share: float, total: int) -> int:
 
 def backbone_layers(backbone: PreTrainedModel) -> int:
     """Return the number of the backbone's layers."""
-    return len(layers_of(backbone))
+    return len(layer_list(backbone))
 
 
 class AdapterDiversity(nn.Module):
@@ -296,27 +296,9 @@ class AdapterDiversity(nn.Module):
         return -self.coef * diversity, {"diversity": diversity.item()}
 
 
-def layers_of(backbone: PreTrainedModel) -> nn.ModuleList:
-    """Return the list of the backbone's layers: the one as long as its configuration says.
-
-    A backbone of ours may name it: the trunk on a sentence encoder, whose own layers are frozen.
-    """
-    named = getattr(backbone, "trueward_layers", None)
-    if isinstance(named, nn.ModuleList):
-        return named
-    count = backbone.config.get_text_config().num_hidden_layers
-    for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(
-        f"No list of {count} layers was found in {type(backbone).__name__}, so a LoRA ensemble "
-        "cannot tell its upper layers: use lora_rank with one member, or Gaussian heads."
-    )
-
-
 def _linear_layers(backbone: PreTrainedModel, layers: int) -> Iterator[tuple[int, str, nn.Module]]:
     """Yield (layer, name in it, module) of the linear layers in the upper `layers` of the base."""
-    stack = layers_of(backbone)
+    stack = layer_list(backbone)
     for i in range(len(stack) - layers, len(stack)):
         for name, module in stack[i].named_modules():
             if isinstance(module, nn.Linear | Conv1D):

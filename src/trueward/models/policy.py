@@ -27,10 +27,10 @@ from trueward.models.backbone import (
     disable_dropout,
     grow_vocabulary,
     hidden_states,
+    layer_list,
     max_positions,
 )
 from trueward.models.heads import ScalarHead
-from trueward.models.lora_ensemble import layers_of
 from trueward.models.reward_model import RewardModel, merged
 
 
@@ -181,7 +181,7 @@ def energy_losses(policy: Policy, batch: PackedBatch) -> Float[Tensor, " complet
         after = out[0] if isinstance(out, tuple) else out
         norms.append(before.float().abs().sum(-1) - after.float().abs().sum(-1))
 
-    handle = layers_of(policy.backbone)[-1].register_forward_hook(hook, with_kwargs=True)
+    handle = layer_list(policy.backbone)[-1].register_forward_hook(hook, with_kwargs=True)
     try:
         hidden_states(policy.backbone, batch)
     finally:
@@ -297,7 +297,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(1))
 
     @classmethod
     def from_reward_model(cls, reward_model: RewardModel) -> "ValueModel":

@@ -9,7 +9,6 @@ model with Gaussian heads keeps them in the same `model.safetensors`, under `hea
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from trueward.data.formats import Completion, DataError, Prompt
 from trueward.data.packing import (
     PackedBatch,
     group_by_prompt,
-    row_tokens,
     token_budget_batches,
 )
 from trueward.data.tokens import (
@@ -46,6 +44,7 @@ from trueward.data.tokens import (
 from trueward.models.attribute_heads import URM_ARCHITECTURE
 from trueward.models.backbone import (
     add_adapters,
+    batch_budget,
     can_share_prefixes,
     default_device,
     disable_dropout,
@@ -53,6 +52,7 @@ from trueward.models.backbone import (
     hidden_states,
     make_batch,
     max_positions,
+    row_room,
 )
 from trueward.models.card import reward_model_card
 from trueward.models.head_kinds import make_head
@@ -316,11 +316,11 @@ class RewardModel(nn.Module):
         inverse = [first_seen.setdefault((tuple(p), tuple(c)), len(first_seen)) for p, c in tokens]
         tokens = [Tokens(list(p), list(c)) for p, c in first_seen]
         share = shared_prefix and self.shares_prefixes
-        width = self.backbone.config.get_text_config().hidden_size
+        budget = max(1, max_tokens // self.copies)
         groups, members = group_by_prompt(
             [t.prompt_ids for t in tokens],
             [t.completion_ids for t in tokens],
-            max_tokens=partial(row_tokens, hidden_size=width) if share else 0,
+            max_tokens=row_room(self.backbone, max_tokens=budget, shared_prefix=share),
             max_completions=batch_size,
         )
         was_training = self.training
@@ -328,8 +328,9 @@ class RewardModel(nn.Module):
         means = torch.zeros(len(tokens), self.members)
         stds = torch.zeros_like(means) if self.has_stds else None
         bar = tqdm(total=len(tokens), desc="score", unit="row", disable=_hidden(progress))
-        budget = max(1, max_tokens // self.copies)
-        for batch in token_budget_batches(groups, max_tokens=budget, shared_prefix=share):
+        for batch in token_budget_batches(
+            groups, shared_prefix=share, **batch_budget(self.backbone, budget)
+        ):
             for some in _at_most(batch, members, batch_size):
                 packed = make_batch(
                     self.backbone,

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trueward.data.formats import Prompt, prompt_key, text_of
-from trueward.data.packing import Group, pad, token_budget_batches
-from trueward.models.backbone import hidden_states
+from trueward.data.packing import Group
+from trueward.models.backbone import hidden_states, packed_batches
 from trueward.models.policy import Policy
 from trueward.refine.nli import (
     NLIEquivalence,
@@ -327,9 +327,13 @@ def mean_state_embedding(
         ids = [i[: policy.max_length - 1] or [int(policy.tokenizer.pad_token_id)] for i in ids]
         groups = [Group(i[:1], [i]) for i in ids]
         vectors: list[Tensor] = [torch.empty(0)] * len(texts)
-        for some in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=False):
-            batch = pad([groups[i] for i in some], pad_id=int(policy.tokenizer.pad_token_id))
-            batch = batch.to(policy.device)
+        for some, batch in packed_batches(
+            policy.backbone,
+            groups,
+            pad_id=int(policy.tokenizer.pad_token_id),
+            max_tokens=max_tokens,
+            shared_prefix=False,
+        ):
             mask = batch.attention_mask[..., None]
             states = hidden_states(policy.backbone, batch) * mask
             for i, vector in zip(some, states.sum(1) / mask.sum(1), strict=True):

@@ -130,7 +130,7 @@ def comparison_report(
         _weights_section(keep, shown),
         _places_section(keep, groups, "spread"),
         _places_section(keep, groups, "agreement"),
-        agreements_section(shown),
+        agreements_section(keep, shown),
         _places_section(keep, groups, "win_rate"),
         reliability_section(keep, rewards),
         _win_section(keep, shown, rates),

@@ -365,26 +365,41 @@ def dots_figure(
         x_label: What x is.
         middle: Where nothing is gained or said.
     """
-    if not estimates:
+    return several_dots_figure({"": estimates}, title=title, x_label=x_label, middle=middle)
+
+
+def several_dots_figure(
+    series: Mapping[str, Mapping[str, Estimate]], *, title: str, x_label: str, middle: float
+) -> Figure:
+    """Dots with their intervals for each name, a colour for each series; see `dots_figure`.
+
+    Args:
+        series: From its name to the estimates by theirs; the first one's names are the rows, in
+            which the dots of all series stand a little apart.
+        title: Of the figure.
+        x_label: What x is.
+        middle: Where nothing is gained or said.
+    """
+    names = list(next(iter(series.values()), {}))
+    if not names:
         raise ValueError("a figure of dots needs at least one estimate, got none.")
-    figure = _figure(width=4.5, height=0.26 * len(estimates) + 0.9)
+    figure = _figure(width=4.5, height=(0.22 + 0.04 * len(series)) * len(names) + 0.9)
     axes = figure.add_subplot()
     _head(figure, title)
     _dress(axes, title="", x_label=x_label, y_label="", grid="x")
     axes.axvline(middle, color=INK, linewidth=0.8, alpha=_QUIET)
-    for place, estimate in enumerate(estimates.values()):
-        half = 0.0 if math.isnan(estimate.half_width) else estimate.half_width
-        axes.errorbar(
-            estimate.mean,
-            place,
-            xerr=half,
-            fmt="o",
-            color=SERIES_LIGHT[0],
-            markersize=4,
-            linewidth=1.2,
-        )
-    axes.set_yticks(range(len(estimates)), [_plain(_wrapped(name, 34)) for name in estimates])
-    axes.set_ylim(len(estimates) - 0.5, -0.5)
+    look: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2}
+    for i, estimates in enumerate(series.values()):
+        apart = 0.22 * (i - (len(series) - 1) / 2)
+        for place, name in enumerate(names):
+            estimate = estimates.get(name, Estimate(mean=math.nan))
+            half = 0.0 if math.isnan(estimate.half_width) else estimate.half_width
+            axes.errorbar(estimate.mean, place + apart, xerr=half, color=SERIES_LIGHT[i], **look)
+    axes.set_yticks(range(len(names)), [_plain(_wrapped(name, 34)) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    if len(series) > 1:
+        marks = [Line2D([], [], color=SERIES_LIGHT[i], **look) for i in range(len(series))]
+        _legend(figure, list(zip(marks, series, strict=True)))
     return figure
 
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from trueward.evaluate.comparison import MOST_RMS, Estimate, MethodRuns
 from trueward.report.curves import Shown, capital, kl_words
-from trueward.report.html import Section, Table
+from trueward.report.figures import several_dots_figure
+from trueward.report.html import FigureHtml, Section, Table
+from trueward.report.keeper import Keeper
 from trueward.report.numbers import NO_FIT, Cell, decimal, interval_text
 
 
@@ -100,7 +102,7 @@ def _row(one: Shown) -> dict[str, Cell]:
     }
 
 
-def agreements_section(shown: Sequence[Shown]) -> Section | None:
+def agreements_section(keep: Keeper, shown: Sequence[Shown]) -> Section | None:
     """Return what each reward tells of whose answers; None where no reward was refined."""
     known = [s for s in shown if s.summary.agreements]
     if not known:
@@ -129,8 +131,26 @@ def agreements_section(shown: Sequence[Shown]) -> Section | None:
         text="A reward learns from the reference policy's answers. The moved policy was optimised "
         "a little against the first reward; its answers are what refinement learns from. The own "
         "policy is the one that was optimised against this very reward to the end.",
+        figures=[_agreements_figure(keep, known, whose)],
         tables=[table],
     )
+
+
+def _agreements_figure(keep: Keeper, known: Sequence[Shown], whose: Sequence[str]) -> FigureHtml:
+    shares = {
+        f"of {_WHOSE[name]}": {
+            s.name: s.summary.agreements[name] for s in known if name in s.summary.agreements
+        }
+        for name in whose
+    }
+    figure = several_dots_figure(
+        shares,
+        title="What a reward still tells of the policy's answers",
+        x_label="share of pairs ordered as gold orders them",
+        middle=0.5,
+    )
+    words = "At a half (the line) a reward tells nothing. Line: 95 % interval over seeds."
+    return keep.figure("agreement_by_policy", figure, words)
 
 
 _WHOSE = {"reference": "the reference", "moved": "the moved policy", "own": "its own policy"}

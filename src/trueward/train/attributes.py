@@ -18,7 +18,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,15 +29,13 @@ from trueward.data.formats import Completion, DataError, LoadReport, PreferenceR
 from trueward.data.packing import (
     PackedBatch,
     group_by_prompt,
-    row_tokens,
-    token_budget_batches,
 )
 from trueward.data.rows import split_by_prompt, text_of
 from trueward.data.tokens import Tokens, start_token_id, tokenize, truncate_prompt
 from trueward.losses.preference import bradley_terry_loss, centring_loss
 from trueward.losses.uncertainty import gaussian_nll_loss, mse_reparam_loss
 from trueward.models.attribute_heads import AttributeHeads, weighted_mean
-from trueward.models.backbone import make_batch
+from trueward.models.backbone import packed_batches, row_room
 from trueward.models.reward_function import Reward, fitting_rows, posterior_function
 from trueward.models.reward_model import RewardModel, merged
 from trueward.train.brme import BRMEConfig, Example, encode_examples, pair_states, rank_correlation
@@ -464,15 +461,12 @@ def _packed(
     groups, members = group_by_prompt(
         [t.prompt_ids for t in tokens],
         [t.completion_ids for t in tokens],
-        max_tokens=partial(row_tokens, hidden_size=_width(model)) if share else 0,
+        max_tokens=row_room(model.backbone, max_tokens=max_tokens, shared_prefix=share),
     )
-    for some in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=share):
-        packed = make_batch(
-            model.backbone,
-            [groups[g] for g in some],
-            pad_id=model.tokenizer.pad_token_id,
-            shared_prefix=share,
-        )
+    pad_id = model.tokenizer.pad_token_id
+    for some, packed in packed_batches(
+        model.backbone, groups, pad_id=pad_id, max_tokens=max_tokens, shared_prefix=share
+    ):
         yield [i for g in some for i in members[g]], packed
 
 

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trueward.data.formats import Completion, DataError, LoadReport, PreferenceRow, Prompt
-from trueward.data.packing import Group, PackedBatch, token_budget_batches
+from trueward.data.packing import Group, PackedBatch
 from trueward.data.rows import split_by_prompt
 from trueward.losses.preference import centring_loss
 from trueward.losses.uncertainty import (
@@ -37,7 +37,7 @@ from trueward.losses.uncertainty import (
     gaussian_nll_loss,
     mse_reparam_loss,
 )
-from trueward.models.backbone import make_batch
+from trueward.models.backbone import packed_batches
 from trueward.models.heads import LOG_STD_MAX, LOG_STD_MIN, GaussianHeads, ScalarHead
 from trueward.models.reward_model import RewardModel, merged
 from trueward.posterior import RewardPosterior
@@ -312,19 +312,13 @@ def pair_states(
 def _packed(
     model: RewardModel, groups: Sequence[Group], *, max_tokens: int
 ) -> Iterator[tuple[list[int], PackedBatch]]:
-    """Yield batches of at most `max_tokens` padded tokens, with the indices of their groups."""
-    share_prefix = model.shares_prefixes
-    for some in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=share_prefix):
-        pad_id = model.tokenizer.pad_token_id
-        yield (
-            some,
-            make_batch(
-                model.backbone,
-                [groups[i] for i in some],
-                pad_id=pad_id,
-                shared_prefix=share_prefix,
-            ),
-        )
+    return packed_batches(
+        model.backbone,
+        groups,
+        pad_id=model.tokenizer.pad_token_id,
+        max_tokens=max_tokens,
+        shared_prefix=model.shares_prefixes,
+    )
 
 
 def _posteriors(

@@ -51,6 +51,7 @@ from trueward.train.brme import PRESETS, BRMEConfig, require_ratings, train_brme
 from trueward.train.energy import EnergyConfig, train_energy
 from trueward.train.laplace import LaplaceConfig, fit_laplace
 from trueward.train.loop import seed_of
+from trueward.train.processes import process_count
 from trueward.train.reward import (
     RewardConfig,
     own_completions,
@@ -163,6 +164,24 @@ class FamilyConfig:
                 )
 
 
+def require_processes(config: FamilyConfig, train: RewardConfig) -> None:
+    """Refuse a family that cannot be trained over processes as it is asked to be.
+
+    Raises:
+        ValueError: torchrun started several processes, or weights are to be sharded.
+    """
+    if process_count() > 1 and config.family not in OVER_PROCESSES:
+        raise ValueError(
+            f"family={config.family} is trained in one process: leave torchrun out, or train "
+            f"{', '.join(OVER_PROCESSES)} with it."
+        )
+    if train.sharding == "full" and config.family not in SHARDED:
+        raise ValueError(
+            f"sharding=full is for family={' or '.join(SHARDED)}, got family={config.family}: "
+            "leave sharding out."
+        )
+
+
 # What belongs to a run as a whole, not to one of its trainings.
 _SHARED = (
     *("seed", "max_length", "max_batch_tokens", "bf16"),
@@ -179,6 +198,8 @@ _OPTIONS: dict[str, Callable[[], object]] = {
     "energy": EnergyConfig,
     "laplace": LaplaceConfig,
 }
+OVER_PROCESSES = ("single", "heads", "lora")  # one training, by `train_reward`
+SHARDED = ("single", "heads")
 POST_HOC = ("brme", "attributes", "energy", "laplace")
 
 
@@ -261,8 +282,10 @@ def train_family(
 
     Raises:
         ValueError: An auxiliary for a LoRA ensemble, which has its own and one state a member, or
-            for a single head that is finished already.
+            for a single head that is finished already; several processes or sharded weights for a
+            family that is not trained so.
     """
+    require_processes(config, train)
     if auxiliary is not None and config.stage1:
         raise ValueError(
             "What is trained beside a single head needs that head's training: leave stage1 out."

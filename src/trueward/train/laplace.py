@@ -140,7 +140,7 @@ def fit_laplace(
         )
     kept, apart = _states(stage1, preferences, config, report)
     process = PartialState()
-    folder = RunFolder(output_dir, command="laplace", config=config, writes=process.is_main_process)
+    folder = RunFolder(output_dir, command="laplace", config=config)
     folder.load_checkpoint()  # there is none; it cuts away the metrics of a killed run
     before = stage1.head.linear.weight.detach()[0].to(kept.chosen)
     tried = candidates(kept, before, config)
@@ -256,6 +256,7 @@ def map_weight(
         return float(point @ prior @ point / 2 - fit)
 
     weight = torch.zeros_like(prior[0]) if start is None else start.clone()
+    last = math.inf  # decrement
     for _ in range(max_steps):
         missing = torch.sigmoid(margins - differences @ weight)  # 1 - p
         gradient = prior @ weight - differences.T @ missing
@@ -263,9 +264,11 @@ def map_weight(
         move = torch.cholesky_solve(gradient[:, None], _cholesky(hessian))[:, 0]
         decrement = float(gradient @ move)  # about twice what is still to be gained
         loss = loss_at(weight)
-        if decrement <= _TOLERANCE * (1 + abs(loss)):
-            return weight - move
         slack = 100 * _TOLERANCE * (1 + abs(loss))  # of rounding
+        # Newton's decrement squares from step to step; what no longer falls is rounding.
+        if decrement <= _TOLERANCE * (1 + abs(loss)) or last / 2 <= decrement <= slack:
+            return weight - move
+        last = decrement
         size = 1.0
         while loss_at(weight - size * move) > loss - 1e-4 * size * decrement + slack:
             size /= 2

@@ -5,6 +5,7 @@ learning rate is a function of the step, so that weights, optimiser state and a 
 that a checkpoint needs for a resumed run to end with the numbers of an unbroken one.
 """
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
+from trueward.models.backbone import default_device
+from trueward.train.processes import Shards, full_tensor, like, process_count, sum_gradients
 from trueward.train.run_folder import RunFolder, to_plain
 
 T = TypeVar("T")
@@ -52,6 +56,9 @@ class LoopConfig:
     max_batch_tokens: int = 8192  # padded tokens computed at once; the batch is accumulated
     log_every: int = 1
     checkpoint_every: int = 50  # steps; 0 = only the finished model
+    # Over processes (torchrun). none: each keeps all weights, gradients are added up (DDP). full:
+    # each keeps a slice of the weights, gradients and optimiser states (FSDP2, as ZeRO-3 does).
+    sharding: Literal["none", "full"] = "none"
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     progress: bool | None = None  # None: where there is a terminal
 
@@ -105,6 +112,15 @@ class Loop:
         stage: Names the lines in `metrics.jsonl`.
         output_dir: None keeps no files (then there is nothing to resume).
         learning_rate_scales: Factors on the rate of single modules, by name.
+        can_shard: Whether the caller trains what `modules` of this loop holds, in `rounds`, and
+            reads its own modules only within `whole` until the last step is done.
+
+    Attributes:
+        modules: What to call for a gradient: those given, or with `sharding="full"` and several
+            processes their sharded copies.
+
+    Raises:
+        ValueError: Weights are to be sharded where the caller cannot.
     """
 
     def __init__(
@@ -116,22 +132,35 @@ class Loop:
         stage: str,
         output_dir: str | Path | None = None,
         learning_rate_scales: dict[str, float] | None = None,
+        can_shard: bool = False,
     ) -> None:
+        if config.sharding == "full" and not can_shard:
+            raise ValueError(
+                "sharding=full is for sft, policy, and reward with family single or heads, trained "
+                f"alone; this is another training, of the stage '{stage}': leave sharding out."
+            )
         self.config = config
         self.total_steps = total_steps
         self.stage = stage
         AcceleratorState._reset_state()  # stages of one program may differ in precision
         self.accelerator = Accelerator(
+            # Unless told so, accelerate takes torchrun's processes on CPUs for unrelated ones.
+            cpu=process_count() > 1 and default_device().type == "cpu",
             mixed_precision="bf16" if config.bf16 else "no",
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(output_dir) if output_dir is not None else None,
         )
-        self.folder = RunFolder(
-            output_dir, command=stage, config=config, writes=self.accelerator.is_main_process
-        )
+        self.folder = RunFolder(output_dir, command=stage, config=config)
         if config.tracker != "none":
             self.accelerator.init_trackers("trueward", config=_flat(to_plain(config)))
-        self.modules = {k: m.to(self.accelerator.device) for k, m in modules.items()}
+        device, count = self.accelerator.device, self.accelerator.num_processes
+        self.modules = {k: m.to(device) for k, m in modules.items()}
+        self._shards: list[Shards] = []
+        if config.sharding == "full" and count > 1:
+            mesh = init_device_mesh(device.type, (count,))
+            for name, module in self.modules.items():
+                self._shards.append(Shards(module, mesh, bf16=config.bf16))
+                self.modules[name] = self._shards[-1].sharded
         scales = learning_rate_scales or {}
         self.groups = [
             {
@@ -160,7 +189,7 @@ class Loop:
             initial=self.step,
             desc=self.stage,
             unit="step",
-            disable=None if self.config.progress is None else not self.config.progress,
+            disable=self._hides_progress(),
         )
         try:  # a loop may end before its last step
             while self.step < self.total_steps:
@@ -175,6 +204,14 @@ class Loop:
             self._bar.close()
             if self.config.tracker != "none":
                 self.accelerator.end_training()
+        for shards in self._shards:
+            if any(p.requires_grad for p in shards.module.parameters()):  # what was trained, whole
+                shards.fill()
+
+    def _hides_progress(self) -> bool | None:
+        if not self.accelerator.is_main_process:
+            return True
+        return None if self.config.progress is None else not self.config.progress
 
     def reseed(self) -> None:
         """Set the random state (of dropout, say) to that of the step to come."""
@@ -182,34 +219,56 @@ class Loop:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one part of the batch; parts are scaled to sum to the batch."""
+        if self._shards:  # their gradients are means over processes, and ours are sums
+            loss = loss * self.accelerator.num_processes
         self.accelerator.backward(loss)
 
     def update(self) -> float:
         """Sum gradients over processes, clip, set the rate, step; return the gradient's norm."""
         rate = learning_rate_at(self.step + 1, self.total_steps, self.config)
+        groups = self.optimizer.param_groups
+        if self.accelerator.num_processes > 1 and not self._shards:
+            sum_gradients([p for group in groups for p in group["params"]])
         norms = []
-        for group in self.optimizer.param_groups:
-            self._reduce_gradients(group["params"])
+        for group in groups:
             limit = self.config.max_grad_norm or math.inf
-            norms.append(float(nn.utils.clip_grad_norm_(group["params"], limit)))
+            norm = nn.utils.clip_grad_norm_(group["params"], limit)
+            norms.append(float(full_tensor(norm)))  # of the whole module, sharded or not
             group["lr"] = rate * group["scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return math.hypot(*norms)
-
-    def _reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:  # a process whose share did not touch it
-                parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
 
     # ---- several processes -----------------------------------------------------------------
 
     def share(self, items: Sequence[T]) -> list[T]:
         """Return this process's part of the items (every n-th one)."""
         return list(items[self.accelerator.process_index :: self.accelerator.num_processes])
+
+    def rounds(
+        self, mine: Sequence[T], spare: Callable[[], Sequence[T]]
+    ) -> Iterator[tuple[T, bool]]:
+        """Yield this process's micro-batches, each with whether it counts.
+
+        Sharded modules run in all processes at once: one that has fewer micro-batches than another
+        gets the first of `spare()` until they are even. Those do not count: multiply their loss by
+        the flag, and leave out their numbers.
+        """
+        passes = max(self.gather([len(mine)])) if self._shards else len(mine)
+        for item in mine:
+            yield item, True
+        for _ in range(passes - len(mine)):
+            yield spare()[0], False
+
+    def whole(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Lend one of the modules given its weights, which are elsewhere where they are sharded.
+
+        All processes must enter; within, each may call the module as often as it likes.
+        """
+        for shards in self._shards:
+            if shards.module is module:
+                return shards.whole()
+        return contextlib.nullcontext()
 
     def gather(self, values: Sequence[T]) -> list[T]:
         """Return the values of all processes, in one list."""
@@ -241,11 +300,18 @@ class Loop:
     # ---- checkpoints -----------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Write weights, optimiser state and step."""
+        """Write weights, optimiser state and step: the same files from any number of processes."""
+        if self.folder.path is None:
+            return
         tensors: dict[str, Tensor] = dict(self._named_parameters())
         for i, state in enumerate(self._optimizer_states()):
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-        self.folder.save_checkpoint(self.step, tensors, self.state)
+        kept = {}
+        for name, tensor in tensors.items():
+            whole = full_tensor(tensor.detach())  # one after the other, by all processes
+            if self.folder.writes:
+                kept[name] = whole.cpu()
+        self.folder.save_checkpoint(self.step, kept, self.state)
 
     def _resume(self) -> None:
         found = self.folder.load_checkpoint()
@@ -254,13 +320,13 @@ class Loop:
         self.step, tensors, self.state = found
         with torch.no_grad():
             for name, parameter in self._named_parameters():
-                parameter.copy_(tensors[name])
+                parameter.copy_(like(tensors[name], parameter))
         flat = [p for g in self.optimizer.param_groups for p in g["params"]]
         for i, parameter in enumerate(flat):
             prefix = f"optimizer.{i}."
             self.optimizer.state[parameter] = {
                 # AdamW counts its steps in a CPU tensor, whatever the device
-                k.removeprefix(prefix): t if k.endswith(".step") else t.to(parameter.device)
+                k.removeprefix(prefix): t if k.endswith(".step") else like(t, parameter)
                 for k, t in tensors.items()
                 if k.startswith(prefix)
             }

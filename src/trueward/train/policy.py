@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from trueward import objectives
 from trueward.data.formats import Prompt, PromptRow
@@ -25,8 +25,6 @@ from trueward.data.packing import (
     Group,
     PackedBatch,
     group_by_prompt,
-    row_tokens,
-    token_budget_batches,
 )
 from trueward.losses.policy import (
     generalized_advantages,
@@ -40,7 +38,7 @@ from trueward.losses.policy import (
     terminal_rewards,
     value_clip_loss,
 )
-from trueward.models.backbone import can_share_prefixes, make_batch
+from trueward.models.backbone import packed_batches, row_room
 from trueward.models.policy import Policy, ValueModel, energy_losses
 from trueward.models.reward_function import Reward, posterior_function
 from trueward.models.reward_model import RewardModel
@@ -48,11 +46,13 @@ from trueward.posterior import RewardPosterior
 from trueward.sampling import Sample, SamplingConfig, sample
 from trueward.train.alarm import AlarmConfig, Guard, Snapshots
 from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
+from trueward.train.processes import is_main_process
 from trueward.train.signals import Monitor, Seen
 
 Objective = Callable[[RewardPosterior], Tensor]
 Evaluation = Callable[[Policy, int], dict[str, float]]
 Refresh = Callable[[Policy, int], Reward]
+Whole = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +165,11 @@ def train_policy(
     watched = alarm is not None and alarm.action != "off"
     if monitor is not None and not watched:
         raise ValueError("A monitor is for an alarm: set the alarm's action, or leave it out.")
+    if watched and config.sharding != "none":
+        raise ValueError(
+            "An alarm reads the policy's layers and keeps snapshots of them, which sharded weights "
+            "do not allow: leave sharding at none, or the alarm off."
+        )
     if watched and monitor is None and refresh is not None:
         raise ValueError(
             "A reward that is refreshed cannot watch its own policy, as its scale moves: give the "
@@ -181,10 +186,12 @@ def train_policy(
     if isinstance(objective, objectives.RunObjective):
         objective = copy.deepcopy(objective)
     ref = None if policy.has_adapter else policy.frozen_copy()
-    modules: dict[str, torch.nn.Module] = {"policy": policy}
+    modules: dict[str, nn.Module] = {"policy": policy}
     if config.algorithm == "ppo":
         critic = critic or _critic(reward, policy)
         modules["critic"] = critic
+    if ref is not None:
+        modules["ref"] = ref
     loop = Loop(
         config,
         total_steps=config.steps,
@@ -192,9 +199,8 @@ def train_policy(
         stage="policy",
         output_dir=output_dir,
         learning_rate_scales={"critic": config.value_learning_rate_scale},
+        can_shard=True,
     )
-    if ref is not None:
-        ref.to(policy.device)
     metrics: dict[str, float] = {}
     guard, asks_twice = None, True
     if alarm is not None and watched:
@@ -212,19 +218,20 @@ def train_policy(
             loop.reseed()  # whatever was trained in between drew random numbers
         chosen = _prompts_of_step(len(texts), config, step)
         mine = loop.share(list(range(len(chosen))))
-        drawn = sample(
-            policy,
-            [texts[chosen[i]] for i in mine],
-            SamplingConfig(
-                n=config.completions_per_prompt,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                max_new_tokens=config.max_new_tokens,
-                max_tokens=4 * config.max_batch_tokens,  # no gradients: rows are cheap
-                seed=seed_of(config.seed, "sample", step),
-            ),
-            indices=mine,
-        )
+        with loop.whole(policy):
+            drawn = sample(
+                policy,
+                [texts[chosen[i]] for i in mine],
+                SamplingConfig(
+                    n=config.completions_per_prompt,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    max_new_tokens=config.max_new_tokens,
+                    max_tokens=4 * config.max_batch_tokens,  # no gradients: rows are cheap
+                    seed=seed_of(config.seed, "sample", step),
+                ),
+                indices=mine,
+            )
         asked = [texts[chosen[s.prompt_index]] for s in drawn]
         answers = [_as_completion(p, s) for p, s in zip(asked, drawn, strict=True)]
         scored = posterior_of(asked, answers)
@@ -233,8 +240,13 @@ def train_policy(
         scores = penalised(rewards.float(), samples, config)
         if not scores.isfinite().any():
             raise ValueError(f"No completion of step {step} got a finite reward.")
+        own = [i for i, s in enumerate(samples) if s.prompt_index in set(mine)]
         with loop.accelerator.autocast():
-            rollouts = observe(policy, ref, critic, samples, scores, config)
+            observed = observe(
+                *(policy, ref, critic, [samples[i] for i in own], scores[own], config),
+                whole=loop.whole,
+            )
+        rollouts = _merged(loop, observed, own, samples, scores)
         advantages, returns = advantages_of(rollouts, config)
 
         metrics = rollout_metrics(rollouts) | objectives.robust_diagnostics(posterior)
@@ -253,10 +265,11 @@ def train_policy(
             if guard.stops:
                 loop.log(metrics)
                 break
-        metrics |= _learn(policy, critic, rollouts, advantages, returns, loop, config, step)
+        metrics |= _learn(rollouts, advantages, returns, loop, config, step)
         every = config.evaluate_every
         if evaluation and (step == config.steps or (every and step % every == 0)):
-            metrics |= evaluation(policy, step)
+            with loop.whole(policy):
+                metrics |= evaluation(policy, step)
         loop.log(metrics, show=["reward", "kl/k1", "length"])
     policy.eval()
     if guard is not None and guard.stops:
@@ -301,7 +314,7 @@ def _guard(
         policy,
         None if folder is None else folder / "snapshots",
         every=alarm.keep_every,
-        writes=loop.folder.writes,
+        writes=is_main_process(),
     )
     return Guard(alarm, monitor, monitor.see(asked, answers), snapshots)
 
@@ -313,7 +326,7 @@ def _unmonitored_signals(
     found = {name: metrics[key] for name, key in _UNMONITORED.items()}
     losses = torch.zeros(len(rollouts.samples))
     try:
-        for batch, where in packed_batches(
+        for batch, where in sample_batches(
             policy, rollouts.samples, range(len(rollouts.samples)), config.max_batch_tokens
         ):
             losses[where] = energy_losses(policy, batch).cpu()
@@ -347,8 +360,6 @@ def _rewards(
 
 
 def _learn(
-    policy: Policy,
-    critic: ValueModel | None,
     rollouts: Rollouts,
     advantages: Tensor,
     returns: Tensor,
@@ -357,7 +368,9 @@ def _learn(
     step: int,
 ) -> dict[str, float]:
     """Take the step's clipped policy-gradient (and value) updates; return their mean numbers."""
-    policy.train()
+    policy, critic = loop.modules["policy"].train(), loop.modules.get("critic")
+    assert isinstance(policy, Policy)
+    pack = partial(sample_batches, policy, rollouts.samples, max_tokens=config.max_batch_tokens)
     totals: dict[str, float] = {}
     updates = 0
     for epoch in range(config.inner_epochs):
@@ -374,9 +387,8 @@ def _learn(
             }
             if config.kl_in == "loss":
                 numbers["loss/kl"] = 0.0
-            for batch, where in packed_batches(
-                policy, rollouts.samples, loop.share(rows), config.max_batch_tokens
-            ):
+            spare = partial(pack, rows[:1])
+            for (batch, where), counts in loop.rounds(pack(loop.share(rows)), spare):
                 old = _rows(rollouts.logprobs, where, batch)
                 with loop.accelerator.autocast():
                     logprobs = policy(batch, temperature=config.temperature).logprobs
@@ -385,11 +397,11 @@ def _learn(
                 )
                 mask = batch.mask
                 loss = losses[mask].sum() / tokens
-                numbers["loss/policy"] += loss.item()
+                numbers["loss/policy"] += loss.item() * counts
                 if config.kl_in == "loss":
                     ref_logprobs = _rows(rollouts.ref_logprobs, where, batch)
                     kl_loss = squared_kl_loss(logprobs, ref_logprobs)[mask].sum() / tokens
-                    numbers["loss/kl"] += kl_loss.item()
+                    numbers["loss/kl"] += kl_loss.item() * counts
                     loss = loss + config.kl_coef * kl_loss
                 if critic is not None:
                     with loop.accelerator.autocast():
@@ -401,20 +413,25 @@ def _learn(
                         clip_range=config.value_clip_range,
                     )
                     value_loss = value_losses[mask].sum() / tokens
-                    numbers["loss/value"] += value_loss.item()
+                    numbers["loss/value"] += value_loss.item() * counts
                     loss = loss + config.value_coef * value_loss
-                loop.backward(loss)
+                loop.backward(loss * counts)
                 ratio = (logprobs.detach() - old)[mask].exp()
                 clipped = (ratio - 1).abs() > config.clip_range
-                numbers["clip_fraction"] += clipped.sum().item() / tokens
-                numbers["kl/update"] += (old - logprobs.detach())[mask].sum().item() / tokens
-            numbers = {k: sum(loop.gather([v])) for k, v in numbers.items()}
+                numbers["clip_fraction"] += clipped.sum().item() / tokens * counts
+                moved = (old - logprobs.detach())[mask].sum().item()
+                numbers["kl/update"] += moved / tokens * counts
+            numbers = {k: sum(n[k] for n in loop.gather([numbers])) for k in numbers}
             numbers["grad_norm"] = loop.update()
             updates += 1
             for key, value in numbers.items():
                 totals[key] = totals.get(key, 0.0) + value
     policy.eval()
     return {key: value / updates for key, value in totals.items()}
+
+
+def _as_it_is(_module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -425,27 +442,55 @@ def observe(
     samples: list[Sample],
     scores: Tensor,
     config: PolicyConfig,
+    *,
+    whole: Whole = _as_it_is,
 ) -> Rollouts:
     """Compute log-probabilities under policy and reference, and values, of a step's completions.
 
     The policy's own are computed again as training computes them, so that the first ratio is 1 up
     to rounding whatever engine wrote the completions. `ref=None`: the adapter is switched off.
+    `whole` lends a module its weights (`Loop.whole`), for one module after the other.
     """
-    width = max(len(s.completion_ids) for s in samples)
+    width = max((len(s.completion_ids) for s in samples), default=0)
     logprobs, ref_logprobs, values = (torch.zeros(len(samples), width) for _ in range(3))
     mask = torch.zeros(len(samples), width, dtype=torch.bool)
-    for batch, where in packed_batches(
-        policy, samples, list(range(len(samples))), config.max_batch_tokens
-    ):
-        some = batch.mask.shape[1]
-        logprobs[where, :some] = policy(batch, temperature=config.temperature).logprobs.cpu()
-        with policy.adapter_off() if ref is None else contextlib.nullcontext(ref) as reference:
-            scored = reference(batch, temperature=config.temperature)
-            ref_logprobs[where, :some] = scored.logprobs.cpu()
-        if critic is not None:
-            values[where, :some] = critic(batch).cpu()
-        mask[where, :some] = batch.mask.cpu()
+    every = range(len(samples))
+    batches = sample_batches(policy, samples, list(every), config.max_batch_tokens)
+
+    def fill(out: Tensor, model: Policy) -> None:
+        for batch, where in batches:
+            scored = model(batch, temperature=config.temperature).logprobs
+            out[where, : batch.mask.shape[1]] = scored.cpu()
+
+    with whole(policy):
+        fill(logprobs, policy)
+        if ref is None:
+            with policy.adapter_off():
+                fill(ref_logprobs, policy)
+    if ref is not None:
+        with whole(ref):
+            fill(ref_logprobs, ref)
+    if critic is not None:
+        with whole(critic):
+            for batch, where in batches:
+                values[where, : batch.mask.shape[1]] = critic(batch).cpu()
+    for batch, where in batches:
+        mask[where, : batch.mask.shape[1]] = batch.mask.cpu()
     return Rollouts(samples, scores.cpu(), logprobs, ref_logprobs, values, mask)
+
+
+def _merged(
+    loop: Loop, observed: Rollouts, own: list[int], samples: list[Sample], scores: Tensor
+) -> Rollouts:
+    """Return the rollouts of all processes, of which each has observed its own rows."""
+    numbers = (observed.logprobs, observed.ref_logprobs, observed.values, observed.mask)
+    parts = loop.gather([(own, numbers)])
+    width = max(mask.shape[1] for _, (*_, mask) in parts)
+    whole = [torch.zeros(len(samples), width, dtype=some.dtype) for some in numbers]
+    for rows, some in parts:
+        for out, values in zip(whole, some, strict=True):
+            out[rows, : values.shape[1]] = values
+    return Rollouts(samples, scores.cpu(), *whole)
 
 
 def advantages_of(
@@ -512,28 +557,25 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     return metrics
 
 
-def packed_batches(
+def sample_batches(
     policy: Policy, samples: Sequence[Sample], rows: Sequence[int], max_tokens: int
 ) -> list[tuple[PackedBatch, list[int]]]:
     """Pack completions by prompt within the token budget; return batches and their rows."""
     if not rows:  # a process without a share
         return []
     groups: list[Group]
-    share = can_share_prefixes(policy.backbone)
-    hidden_size = policy.backbone.config.get_text_config().hidden_size
     groups, members = group_by_prompt(
         [samples[i].prompt_ids for i in rows],
         [samples[i].completion_ids for i in rows],
-        max_tokens=partial(row_tokens, hidden_size=hidden_size) if share else 0,
+        max_tokens=row_room(policy.backbone, max_tokens=max_tokens),
     )
     out = []
-    for some in token_budget_batches(groups, max_tokens=max_tokens, shared_prefix=share):
-        batch = make_batch(
-            policy.backbone,
-            [groups[g] for g in some],
-            pad_id=policy.tokenizer.pad_token_id,
-            shared_prefix=share,
-        )
+    for some, batch in packed_batches(
+        policy.backbone,
+        groups,
+        pad_id=policy.tokenizer.pad_token_id,
+        max_tokens=max_tokens,
+    ):
         out.append((batch, [rows[i] for g in some for i in members[g]]))
     return out
 

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from trueward.data.formats import Completion, DataError, LoadReport, PreferenceRow, Prompt
-from trueward.data.packing import Group, token_budget_batches
+from trueward.data.packing import Group, PackedBatch
 from trueward.data.tokens import Tokens, start_token_id, tokenize, truncate_prompt
 from trueward.losses.preference import bradley_terry_loss, centring_loss
 from trueward.losses.uncertainty import bt_marginal_loss, bt_reparam_loss
-from trueward.models.backbone import make_batch
+from trueward.models.backbone import packed_batches
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
 from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
@@ -122,13 +122,15 @@ def train_reward(
         stage="reward",
         output_dir=output_dir,
         learning_rate_scales={"auxiliary": config.auxiliary_learning_rate_scale},
+        can_shard=reward_model.lora is None and auxiliary is None,
     )
-    reward_model.train()
+    trained = loop.modules["reward_model"].train()
+    assert isinstance(trained, RewardModel)
     for step in loop.steps():
         epoch, at = divmod(step - 1, per_epoch)
         order = permutation(len(pairs), config.seed, "reward", epoch)
         batch = order[at * batch_size : (at + 1) * batch_size]
-        loss, margins, rewards = _accumulate(reward_model, pairs, batch, weights, loop, config)
+        loss, margins, rewards = _accumulate(trained, pairs, batch, weights, loop, config)
         metrics: dict[str, float] = {}
         if auxiliary is not None:
             extra, metrics = auxiliary(reward_model, step)
@@ -165,29 +167,29 @@ def _accumulate(
     """Add this process's part of a batch to the gradient; return its loss, margins and rewards."""
     total = weights[list(batch)].double().sum().item() or 1.0  # 0 where all weights are
     mine = loop.share(batch)
-    groups = [pairs[i].group for i in mine]
-    share_prefix = reward_model.shares_prefixes
     loss = 0.0
     margins: list[float] = []
     rewards: list[float] = []
-    for some in token_budget_batches(
-        groups,
-        max_tokens=max(1, config.max_batch_tokens // reward_model.copies),
-        shared_prefix=share_prefix,
-    ):
-        packed = make_batch(
+
+    def packed(indices: Sequence[int]) -> list[tuple[list[int], PackedBatch]]:
+        batches = packed_batches(
             reward_model.backbone,
-            [groups[i] for i in some],
+            [pairs[i].group for i in indices],
             pad_id=reward_model.tokenizer.pad_token_id,
-            shared_prefix=share_prefix,
+            max_tokens=max(1, config.max_batch_tokens // reward_model.copies),
+            shared_prefix=reward_model.shares_prefixes,
         )
+        return [([indices[i] for i in some], micro) for some, micro in batches]
+
+    for (where, micro_batch), counts in loop.rounds(packed(mine), lambda: packed(batch[:1])):
         with loop.accelerator.autocast():
-            posterior = reward_model(packed)
-        where = [mine[i] for i in some]
+            posterior = reward_model(micro_batch)
         wanted = torch.tensor([pairs[i].margin for i in where], device=reward_model.device)
         losses = pair_losses(posterior, wanted, config)  # [pair, member]
         part = (losses * weights[where].to(losses.device)).sum() / total
-        loop.backward(part)
+        loop.backward(part * counts)
+        if not counts:
+            continue
         loss += part.item()
         means = posterior.means.detach().mean(1)
         margins += (means[0::2] - means[1::2]).tolist()

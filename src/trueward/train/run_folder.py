@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trueward.data.formats import DataError
+from trueward.train.processes import is_main_process
 
-# Where a run is written, and how much it says, do not change its numbers.
-_FREE_FIELDS = {"output_dir", "log_every", "checkpoint_every", "tracker", "progress"}
+# Where a run is written, how much it says, and where its weights lie do not change its numbers.
+_FREE_FIELDS = {"output_dir", "log_every", "checkpoint_every", "tracker", "progress", "sharding"}
 
 
 class RunFolder:
@@ -30,7 +31,8 @@ class RunFolder:
     Files: `config.yaml` (resolved), `environment.json`, `metrics.jsonl` (a line per step),
     `summary.json` (written last: its presence says that the stage is finished) and, until then,
     one `checkpoint-NNNNNN/` of safetensors and JSON. A folder whose `config.yaml` says something
-    else is refused, but for `free` fields (at any depth), which may change until the resume.
+    else is refused, but for `free` fields (at any depth), which may change until the resume. Of
+    several processes the first one writes.
     """
 
     def __init__(
@@ -40,10 +42,9 @@ class RunFolder:
         command: str,
         config: object = None,
         free: Collection[str] = (),
-        writes: bool = True,
     ) -> None:
         self.path = Path(path) if path is not None else None
-        self.writes = writes and path is not None  # one process of several writes
+        self.writes = path is not None and is_main_process()
         self.command = command
         self.config = config
         self._started = time.monotonic()
@@ -149,6 +150,8 @@ def keep_config(path: Path, config: object) -> None:
     Raises:
         DataError: Names what differs.
     """
+    if not is_main_process():
+        return
     resolved = to_plain(config)
     if path.exists():
         _refuse_other_config(path, resolved, _FREE_FIELDS)

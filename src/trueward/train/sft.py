@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from trueward.data.formats import DataError, DemonstrationRow, LoadReport
-from trueward.data.packing import Group, token_budget_batches
+from trueward.data.packing import Group, PackedBatch
 from trueward.data.tokens import start_token_id, tokenize, truncate_prompt
-from trueward.models.backbone import make_batch
+from trueward.models.backbone import packed_batches
 from trueward.models.policy import Policy
 from trueward.train.loop import Loop, LoopConfig, permutation
 
@@ -53,11 +54,22 @@ def train_sft(
     per_epoch = math.ceil(len(groups) / batch_size)  # the last batch of an epoch may be short
     total = max(1, round(config.epochs * per_epoch))
     loop = Loop(
-        config, total_steps=total, modules={"policy": policy}, stage="sft", output_dir=output_dir
+        config,
+        total_steps=total,
+        modules={"policy": policy},
+        stage="sft",
+        output_dir=output_dir,
+        can_shard=True,
     )
-    pad_id = policy.tokenizer.pad_token_id
-    policy.train()
+    trained = loop.modules["policy"].train()
     window = max(1, total // 10)
+
+    def packed(some: Sequence[Group]) -> list[PackedBatch]:
+        pad_id = policy.tokenizer.pad_token_id
+        budget = config.max_batch_tokens
+        batches = packed_batches(policy.backbone, some, pad_id=pad_id, max_tokens=budget)
+        return [micro_batch for _, micro_batch in batches]
+
     for step in loop.steps():
         epoch, at = divmod(step - 1, per_epoch)
         order = permutation(len(groups), config.seed, "sft", epoch)
@@ -65,13 +77,12 @@ def train_sft(
         tokens = sum(len(g.completions[0]) for g in batch)
         mine = loop.share(batch)
         loss = 0.0
-        for some in token_budget_batches(mine, max_tokens=config.max_batch_tokens):
-            packed = make_batch(policy.backbone, [mine[i] for i in some], pad_id=pad_id)
+        for micro_batch, counts in loop.rounds(packed(mine), partial(packed, batch[:1])):
             with loop.accelerator.autocast():
-                scores = policy(packed)
+                scores = trained(micro_batch)
             part = -scores.logprobs.sum() / tokens
-            loop.backward(part)
-            loss += part.item()
+            loop.backward(part * counts)
+            loss += part.item() * counts
         norm = loop.update()
         loss = sum(loop.gather([loss]))
         loop.state = [*(loop.state or []), loss][-window:]  # in checkpoints: see the summary

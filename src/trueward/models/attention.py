@@ -1,0 +1,156 @@
+"""Attention over packed rows in pieces: what no token may see is not computed.
+
+A packed row of a prompt and k completions has a square mask of which most is empty: each completion
+sees the prompt and itself. Taken apart, the prompt attends to itself and each completion to both,
+which a row of 256 + 8 x 64 tokens does with a third of the square's operations. Pieces are many
+small calls, which suit a CPU; on an accelerator the mask stays.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trueward.data.packing import PackedBatch
+
+
+class RowLayout(NamedTuple):
+    """Where the pieces of a packed row lie, one after the other."""
+
+    prompt: int  # tokens
+    completions: tuple[int, ...]  # tokens of each
+
+
+def layouts_of(batch: PackedBatch) -> list[RowLayout]:
+    """Return the layout of each row of a packed batch."""
+    prompts = [0] * batch.input_ids.shape[0]
+    lengths: list[list[int]] = [[] for _ in prompts]
+    for row, end, length in zip(
+        batch.rows.tolist(), batch.prompt_ends.tolist(), batch.lengths.tolist(), strict=True
+    ):
+        prompts[row] = end + 1
+        lengths[row].append(length)
+    return [RowLayout(p, tuple(c)) for p, c in zip(prompts, lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def in_pieces(backbone: nn.Module, batch: PackedBatch) -> Iterator[Tensor]:
+    """Let the backbone attend in pieces while the context lasts, where it can.
+
+    Yields the mask to hand to it: the batch's own, or an empty one that carries the layout. A model
+    that does something to its mask loses the layout and fails, since there is nothing to fall back
+    on; `models.backbone.can_share_prefixes` finds that out and has whole masks used.
+    """
+    if not (batch.packed and attends_in_pieces(backbone)):
+        yield batch.attention_mask
+        return
+    mask = torch.empty(0, 1, 1, 1)
+    mask._trueward_layouts = layouts_of(batch)  # type: ignore[attr-defined]
+    config = _text_config(_base(backbone))
+    config._attn_implementation = _NAME
+    try:
+        yield mask
+    finally:
+        config._attn_implementation = "sdpa"
+
+
+def attends_in_pieces(backbone: nn.Module) -> bool:
+    """Tell whether attention is SDPA's on a CPU, and goes through transformers' interface."""
+    inner = _base(backbone)
+    return bool(
+        isinstance(inner, PreTrainedModel)
+        and inner.device.type == "cpu"
+        and getattr(inner, "_supports_attention_backend", False)
+        and not getattr(inner, "_trueward_whole_masks", False)
+        and _text_config(inner)._attn_implementation == "sdpa"
+    )
+
+
+def use_whole_masks(backbone: nn.Module) -> None:
+    """Never attend in pieces in this backbone again."""
+    _base(backbone)._trueward_whole_masks = True  # type: ignore[assignment]
+
+
+def _base(backbone: nn.Module) -> nn.Module:
+    return backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
+
+
+def _text_config(backbone: Any) -> Any:
+    return backbone.config.get_text_config()
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Float[Tensor, "row head seq dim"],
+    key: Float[Tensor, "row group seq dim"],
+    value: Float[Tensor, "row group seq dim"],
+    attention_mask: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "row seq head dim"], None]:
+    """Attend piece by piece, as the layouts that the mask carries say.
+
+    Raises:
+        AttributeError: The model did something to its mask.
+        ValueError: It asks for more than a mask (a bias, sinks, a window).
+    """
+    layouts: list[RowLayout] = attention_mask._trueward_layouts  # type: ignore[attr-defined]
+    if any(kwargs.get(name) is not None for name in _SPECIAL):
+        raise ValueError(f"{type(module).__name__} attends in a way that pieces do not know.")
+    # Members of a LoRA ensemble come one after the other, each with all rows.
+    layouts = layouts * (query.shape[0] // len(layouts))
+    heads = query.shape[1] // key.shape[1]
+    if heads > 1:  # grouped queries
+        key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
+    rows = zip(query.split(1), key.split(1), value.split(1), layouts, strict=True)
+    out = [_attend(*row, dropout_p=dropout, scale=scaling) for row in rows]
+    return torch.cat(out).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Float[Tensor, "1 head seq dim"],
+    key: Float[Tensor, "1 head seq dim"],
+    value: Float[Tensor, "1 head seq dim"],
+    layout: RowLayout,
+    **options: Any,
+) -> Float[Tensor, "1 head seq dim"]:
+    sizes = [layout.prompt, *layout.completions]
+    sizes.append(query.shape[2] - sum(sizes))  # padding: nobody reads it
+    queries, keys, values = (x.split(sizes, 2) for x in (query, key, value))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **masked: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, **options, **masked)
+
+    out = [attend(queries[0], keys[0], values[0], is_causal=True)]
+    for i, length in enumerate(layout.completions, start=1):
+        seen = torch.cat([keys[0], keys[i]], 2), torch.cat([values[0], values[i]], 2)
+        mask = _completion_mask(layout.prompt, length, query.dtype)
+        out.append(attend(queries[i], *seen, attn_mask=mask))
+    out.append(torch.zeros_like(values[-1]))
+    return torch.cat(out, 2)
+
+
+@lru_cache(maxsize=16)  # the layers of a forward ask for the same ones
+def _completion_mask(prompt: int, length: int, dtype: torch.dtype) -> Float[Tensor, "token seen"]:
+    """Return the additive mask of a completion's tokens over the prompt and the completion."""
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    mask = torch.zeros(length, prompt + length, dtype=dtype)
+    mask[:, prompt:].masked_fill_(later, torch.finfo(dtype).min)
+    return mask
+
+
+_NAME = "trueward_shared_prefix"
+# What some models hand to their attention beside the mask.
+_SPECIAL = ("position_bias", "cache", "softcap", "s_aux", "sliding_window", "is_causal")
+ALL_ATTENTION_FUNCTIONS.register(_NAME, shared_prefix_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, sdpa_mask)
