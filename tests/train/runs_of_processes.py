@@ -27,6 +27,7 @@ from trueward.testing import (
     tiny_texts,
     tiny_tokenizer,
 )
+from trueward.train.alarm import AlarmConfig
 from trueward.train.loop import Loop
 from trueward.train.policy import PolicyConfig, train_policy
 from trueward.train.reward import RewardConfig, train_reward
@@ -97,7 +98,14 @@ def policy(out: Path | None, algorithm: str, **options: Any) -> Policy:
         return {"logits": policy.model(ids).logits.abs().mean().item() * step}
 
     return train_policy(
-        writer, new_reward_model(), tiny_texts(5), config, output_dir=out, evaluation=length
+        writer,
+        new_reward_model(),
+        tiny_texts(5),
+        config,
+        output_dir=out,
+        evaluation=length,
+        # What it logs must be the same numbers too; it does not see sharded weights.
+        alarm=AlarmConfig(action="log") if lora and config.sharding == "none" else None,
     )
 
 
