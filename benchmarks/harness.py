@@ -23,8 +23,8 @@ from trueward.data.formats import PreferenceRow, load_preferences
 from trueward.models.scratch import train_bpe_tokenizer
 
 VOCABULARY = 4096
-# Millions of parameters without embeddings, by name: (hidden size, layers).
-SIZES = {"1M": (128, 4), "5M": (256, 6), "20M": (448, 8), "50M": (640, 10), "110M": (768, 16)}
+# Millions of parameters by name, embeddings counted in: (hidden size, layers).
+SIZES = {"1M": (128, 2), "5M": (256, 4), "20M": (384, 8), "50M": (640, 8), "110M": (768, 12)}
 
 # What TRL's trainers need on a CPU, and no more.
 ON_A_CPU = {

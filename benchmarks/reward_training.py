@@ -39,7 +39,7 @@ from trueward.data.packing import Group, packed_size
 from trueward.train.loop import permutation
 from trueward.train.reward import RewardConfig, encode_pairs, train_reward
 
-STEPS = {"1M": 4, "5M": 2}  # of 32 pairs, in a turn; larger models take one
+STEPS = {"1M": 2}  # of 32 pairs, in a turn; larger models take one
 BARS = {("hh_helpful", "defaults"): 3.5, ("hh_helpful", "grouped"): 1.6}
 BARS |= {("alpaca_eval_gpt4", "defaults"): 2.5}
 BATCH, MAX_LENGTH, RATE, SEED = 32, 1024, 1e-4, 0
