@@ -24,7 +24,7 @@ from trueward.models.scratch import train_bpe_tokenizer
 
 VOCABULARY = 4096
 # Millions of parameters by name, embeddings counted in: (hidden size, layers).
-SIZES = {"1M": (128, 2), "5M": (256, 4), "20M": (384, 8), "50M": (640, 8), "110M": (768, 12)}
+SIZES = {"1M": (96, 4), "5M": (256, 4), "20M": (384, 8), "50M": (640, 8), "110M": (768, 12)}
 
 # What TRL's trainers need on a CPU, and no more.
 ON_A_CPU = {
