@@ -109,6 +109,11 @@ def test_eager_models_and_whole_masks_stay_as_they_are():
     assert attends_in_pieces(backbone)
     assert row_room(backbone, max_tokens=1000)(20) == 320
     assert row_room(backbone, max_tokens=100)(20) == 100
+    backbone.gradient_checkpointing_enable()
+    assert not attends_in_pieces(backbone)
+    batch = pack(GROUPS, pad_id=0)
+    hidden_states(backbone.train(), batch).sum().backward()
+    backbone.gradient_checkpointing_disable()
     use_whole_masks(backbone)
     assert not attends_in_pieces(backbone)
     assert row_room(backbone, max_tokens=1000)(20) == 20 + round((20 * (6 * 32 + 20)) ** 0.5)

@@ -71,6 +71,8 @@ def attends_in_pieces(backbone: nn.Module) -> bool:
         and inner.device.type == "cpu"
         and getattr(inner, "_supports_attention_backend", False)
         and not getattr(inner, "_trueward_whole_masks", False)
+        # The layers are computed again in the backward pass, when the attention is SDPA's again.
+        and not inner.is_gradient_checkpointing
         and _text_config(inner)._attn_implementation == "sdpa"
     )
 
