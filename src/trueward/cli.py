@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "rewards on preferences or on what policies write; completions by win rate",
     "average": "one reward model whose weights are the mean of several's (WARM), once tested",
     "compare": "methods x seeds in a world with a known gold reward: curves, tables, a page",
+    "evidence": "claims of papers held against stored comparisons: a page with verdicts",
     "alarm": "an alarm without gold: calibrated on some watched runs of compare, judged on others",
     "refinements": "rewards refined on recorded samples of a policy, cross-validated by prompt",
     "families": "every family of rewards on real preferences: accuracy, uncertainty, cost",

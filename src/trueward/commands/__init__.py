@@ -22,6 +22,7 @@ from trueward.data.formats import DataError
 from trueward.lab.alarm import AlarmStudyConfig, run_alarm
 from trueward.lab.compare import run_compare
 from trueward.lab.demo import DemoConfig, run_demo
+from trueward.lab.evidence import EvidenceConfig, run_evidence
 from trueward.lab.families import FamiliesConfig, run_families
 from trueward.lab.plan import CompareConfig
 from trueward.lab.refinements import RefinementsConfig, run_refinements
@@ -41,6 +42,7 @@ RUNS: dict[str, tuple[type, Callable[..., object]]] = {
     "evaluate": (EvaluateCommand, evaluate),
     "average": (AverageCommand, average),
     "compare": (CompareConfig, run_compare),
+    "evidence": (EvidenceConfig, run_evidence),
     "alarm": (AlarmStudyConfig, run_alarm),
     "families": (FamiliesConfig, run_families),
     "refinements": (RefinementsConfig, run_refinements),
