@@ -6,6 +6,7 @@ from torch import nn
 
 from trueward.data.packing import Group, PackedBatch, pack, pad
 from trueward.models.attention import (
+    Pieces,
     RowLayout,
     attends_in_pieces,
     layouts_of,
@@ -18,6 +19,12 @@ from trueward.testing import random_groups, tiny_backbone
 GROUPS = [
     Group(*g) for g in random_groups(300, prompts=[9, 4, 12], completions=[[3, 7], [5], [1, 2, 6]])
 ]
+
+
+@pytest.fixture(autouse=True)
+def short_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows here are short, which would go through the square mask."""
+    monkeypatch.setattr("trueward.models.attention._PIECES_FROM", 0)
 
 
 def square(backbone: nn.Module, batch: PackedBatch) -> torch.Tensor:
@@ -94,7 +101,7 @@ def test_a_model_that_touches_its_mask_gets_the_whole_of_it():
 def test_what_pieces_do_not_know_is_refused():
     query = torch.zeros(1, 2, 4, 8)
     mask = torch.empty(0, 1, 1, 1)
-    mask._trueward_layouts = layouts_of(pack([Group([5], [[6], [7, 8]])], pad_id=0))
+    mask._trueward_pieces = Pieces(layouts_of(pack([Group([5], [[6], [7, 8]])], pad_id=0)), {})
     with pytest.raises(ValueError, match="Linear attends in a way"):
         shared_prefix_attention(nn.Linear(1, 1), query, query, query, mask, s_aux=query)
     with pytest.raises(AttributeError):
@@ -126,7 +133,7 @@ def test_dropout_acts_on_the_weights_of_each_piece():
     query, key = torch.zeros(1, 1, 40, 4), torch.zeros(1, 1, 40, 4)
     value = torch.ones(1, 1, 40, 4)
     mask = torch.empty(0, 1, 1, 1)
-    mask._trueward_layouts = [RowLayout(20, (10, 10))]
+    mask._trueward_pieces = Pieces([RowLayout(20, (10, 10))], {(20, 10): torch.zeros(10, 30)})
     whole, _ = shared_prefix_attention(nn.Linear(1, 1), query, key, value, mask)
     torch.testing.assert_close(whole, torch.ones(1, 40, 1, 4))
     dropped = [
@@ -135,3 +142,34 @@ def test_dropout_acts_on_the_weights_of_each_piece():
     ]
     assert dropped[0].std() > 0.1
     assert torch.stack(dropped).mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_short_rows_go_through_the_square_mask(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("trueward.models.attention._PIECES_FROM", 20)
+    backbone = tiny_backbone(layers=1)
+    can_share_prefixes(backbone)
+    seen = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query: torch.Tensor, key: torch.Tensor, *args: object, **kwargs: object):
+        seen.append((query.shape[2], key.shape[2]))
+        return plain(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    for group in (GROUPS[0], Group([5] * 9, [[6] * 3, [7] * 8])):  # 19 and 20 tokens
+        hidden_states(backbone, pack([group], pad_id=0))
+    assert seen == [(19, 19), (9, 9), (3, 12), (8, 17)]
+
+
+def test_scores_under_inference_mode_leave_training_as_it_was():
+    backbone, batch = tiny_backbone(), pack(GROUPS, pad_id=0)
+    with torch.inference_mode():
+        hidden_states(backbone, batch)
+    hidden_states(backbone, batch).sum().backward()
+    assert backbone.embed_tokens.weight.grad is not None
+
+
+def test_layers_that_are_computed_again_by_others_get_no_pieces():
+    backbone = tiny_backbone()
+    backbone.layers[0].gradient_checkpointing = True
+    assert not attends_in_pieces(backbone)

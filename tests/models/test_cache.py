@@ -20,6 +20,7 @@ def test_every_operation_gives_what_transformers_layer_gives():
             for layer in (ours, theirs):
                 layer.batch_repeat_interleave(2)
                 layer.batch_select_indices(torch.tensor([0, 3, 4, 5]))
+                layer.reorder_cache(torch.tensor([2, 1, 0, 3]))
             rows = 4
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)

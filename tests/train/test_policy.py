@@ -11,16 +11,22 @@ import torch
 from torch import Tensor
 
 from trueward import objectives
-from trueward.models.policy import Policy
+from trueward.models.policy import Policy, ValueModel
 from trueward.models.reward_model import RewardModel
 from trueward.options import ObjectiveConfig
 from trueward.posterior import RewardPosterior
-from trueward.sampling import Sample
+from trueward.sampling import Sample, SamplingConfig, sample
 from trueward.testing import tiny_backbone, tiny_language_model, tiny_texts
 from trueward.testing import tiny_tokenizer as make_tokenizer
 from trueward.train import policy as policy_module
 from trueward.train.loop import Loop
-from trueward.train.policy import PolicyConfig, Rollouts, advantages_of, train_policy
+from trueward.train.policy import (
+    PolicyConfig,
+    Rollouts,
+    advantages_of,
+    sample_batches,
+    train_policy,
+)
 
 TOKENIZER = make_tokenizer()
 ALGORITHMS = ("ppo", "rloo", "grpo")
@@ -320,3 +326,28 @@ def test_a_refresh_and_how_often_belong_together() -> None:
     config = PolicyConfig(algorithm="rloo", steps=2, **SMALL)
     with pytest.raises(ValueError, match="needs both: `refresh`, which makes it, and refresh_ev"):
         train_policy(new_policy(), len, tiny_texts(4), config, refresh=lambda *_: len)
+
+
+def test_a_critic_that_cannot_read_packed_rows_gets_rows_of_their_own():
+    tokenizer = make_tokenizer()
+    policy = Policy(tiny_language_model(vocab_size=len(tokenizer)), tokenizer)
+    windowed = tiny_backbone("mistral", vocab_size=len(tokenizer), sliding_window=4)
+    reward = RewardModel.from_backbone(windowed, tokenizer)
+    config = PolicyConfig(
+        steps=1, prompts_per_step=2, completions_per_prompt=2, max_new_tokens=6, progress=False
+    )
+    train_policy(policy, reward, tiny_texts(4), config)
+    critic = ValueModel.from_reward_model(reward)
+    drawn = sample(policy, tiny_texts(2), SamplingConfig(n=2, max_new_tokens=6))
+    together = sample_batches(policy, drawn, range(4), 1000)
+    apart = sample_batches(policy, drawn, range(4), 1000, critic=critic)
+    assert any(batch.packed for batch, _ in together)
+    assert not any(batch.packed for batch, _ in apart)
+    found = {tuple(where): policy(batch).logprobs.sum(1) for batch, where in (*together, *apart)}
+    flat = [
+        torch.cat([found[tuple(w)] for _, w in some])[
+            torch.tensor([i for _, w in some for i in w]).argsort()
+        ]
+        for some in (together, apart)
+    ]
+    torch.testing.assert_close(*flat, atol=1e-5, rtol=1e-5)

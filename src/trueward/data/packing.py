@@ -16,7 +16,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -50,11 +49,12 @@ class PackedBatch:
     lengths: Int[Tensor, " completion"]  # tokens in the completion
     dtype: torch.dtype = torch.float32  # of the model, whose additive mask must have it
 
-    @cached_property
+    @property
     def attention_mask(self) -> Float[Tensor, "row 1 seq seq"] | Int[Tensor, "row seq"]:
         """The additive mask of packed rows; ones and zeros of rows with one completion each.
 
-        Made when it is asked for: attention in pieces (`models.attention`) does without.
+        Made when it is asked for, and not kept: attention in pieces (`models.attention`) does
+        without, and squares of a step's batches would fill the memory.
         """
         if self.packed:
             return shared_prefix_mask(self.segments, dtype=self.dtype)

@@ -7,8 +7,7 @@ small calls, which suit a CPU; on an accelerator the mask stays.
 """
 
 import contextlib
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,13 @@ class RowLayout(NamedTuple):
 
     prompt: int  # tokens
     completions: tuple[int, ...]  # tokens of each
+
+
+class Pieces(NamedTuple):
+    """What a call's attention needs: its rows, and the masks of their completions."""
+
+    layouts: list[RowLayout]
+    masks: dict[tuple[int, int], Float[Tensor, "token seen"]]  # by (prompt, completion)
 
 
 def layouts_of(batch: PackedBatch) -> list[RowLayout]:
@@ -50,11 +56,15 @@ def in_pieces(backbone: nn.Module, batch: PackedBatch) -> Iterator[Tensor]:
     that does something to its mask loses the layout and fails, since there is nothing to fall back
     on; `models.backbone.can_share_prefixes` finds that out and has whole masks used.
     """
-    if not (batch.packed and attends_in_pieces(backbone)):
+    short = batch.input_ids.shape[1] < _PIECES_FROM
+    if short or not (batch.packed and attends_in_pieces(backbone)):
         yield batch.attention_mask
         return
     mask = torch.empty(0, 1, 1, 1)
-    mask._trueward_layouts = layouts_of(batch)  # type: ignore[attr-defined]
+    layouts = layouts_of(batch)
+    shapes = {(layout.prompt, length) for layout in layouts for length in layout.completions}
+    masks = {shape: _completion_mask(*shape) for shape in shapes}
+    mask._trueward_pieces = Pieces(layouts, masks)  # type: ignore[attr-defined]
     config = _text_config(_base(backbone))
     config._attn_implementation = _NAME
     try:
@@ -72,7 +82,7 @@ def attends_in_pieces(backbone: nn.Module) -> bool:
         and getattr(inner, "_supports_attention_backend", False)
         and not getattr(inner, "_trueward_whole_masks", False)
         # The layers are computed again in the backward pass, when the attention is SDPA's again.
-        and not inner.is_gradient_checkpointing
+        and not any(getattr(m, "gradient_checkpointing", False) for m in inner.modules())
         and _text_config(inner)._attn_implementation == "sdpa"
     )
 
@@ -106,16 +116,16 @@ def shared_prefix_attention(
         AttributeError: The model did something to its mask.
         ValueError: It asks for more than a mask (a bias, sinks, a window).
     """
-    layouts: list[RowLayout] = attention_mask._trueward_layouts  # type: ignore[attr-defined]
+    pieces: Pieces = attention_mask._trueward_pieces  # type: ignore[attr-defined]
     if any(kwargs.get(name) is not None for name in _SPECIAL):
         raise ValueError(f"{type(module).__name__} attends in a way that pieces do not know.")
     # Members of a LoRA ensemble come one after the other, each with all rows.
-    layouts = layouts * (query.shape[0] // len(layouts))
+    layouts = pieces.layouts * (query.shape[0] // len(pieces.layouts))
     heads = query.shape[1] // key.shape[1]
     if heads > 1:  # grouped queries
         key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
     rows = zip(query.split(1), key.split(1), value.split(1), layouts, strict=True)
-    out = [_attend(*row, dropout_p=dropout, scale=scaling) for row in rows]
+    out = [_attend(*row, pieces.masks, dropout_p=dropout, scale=scaling) for row in rows]
     return torch.cat(out).transpose(1, 2).contiguous(), None
 
 
@@ -124,6 +134,7 @@ def _attend(
     key: Float[Tensor, "1 head seq dim"],
     value: Float[Tensor, "1 head seq dim"],
     layout: RowLayout,
+    masks: Mapping[tuple[int, int], Tensor],
     **options: Any,
 ) -> Float[Tensor, "1 head seq dim"]:
     sizes = [layout.prompt, *layout.completions]
@@ -136,21 +147,23 @@ def _attend(
     out = [attend(queries[0], keys[0], values[0], is_causal=True)]
     for i, length in enumerate(layout.completions, start=1):
         seen = torch.cat([keys[0], keys[i]], 2), torch.cat([values[0], values[i]], 2)
-        mask = _completion_mask(layout.prompt, length, query.dtype)
+        mask = masks[layout.prompt, length].to(query.dtype)
         out.append(attend(queries[i], *seen, attn_mask=mask))
     out.append(torch.zeros_like(values[-1]))
     return torch.cat(out, 2)
 
 
-@lru_cache(maxsize=16)  # the layers of a forward ask for the same ones
-def _completion_mask(prompt: int, length: int, dtype: torch.dtype) -> Float[Tensor, "token seen"]:
+def _completion_mask(prompt: int, length: int) -> Float[Tensor, "token seen"]:
     """Return the additive mask of a completion's tokens over the prompt and the completion."""
+    mask = torch.zeros(length, prompt + length)
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
-    mask = torch.zeros(length, prompt + length, dtype=dtype)
-    mask[:, prompt:].masked_fill_(later, torch.finfo(dtype).min)
+    mask[:, prompt:].masked_fill_(later, -torch.inf)
     return mask
 
 
+# Tokens of a row from which pieces pay: below, many small calls cost more than the square (measured
+# on a Llama of 1 million parameters: 0.6 to 0.8 times as fast at 24 to 70 tokens, 1.2 at 180).
+_PIECES_FROM = 150
 _NAME = "trueward_shared_prefix"
 # What some models hand to their attention beside the mask.
 _SPECIAL = ("position_bias", "cache", "softcap", "s_aux", "sliding_window", "is_causal")

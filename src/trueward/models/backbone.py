@@ -92,13 +92,21 @@ def _refusal(backbone: PreTrainedModel | PeftModel) -> str:
         return "keeps a causal mask of fixed size, which a packed row would outgrow"
     high = text_config.vocab_size - 1
     prompt, first, second = [high, 1, 2 % high], [3 % high, high, 1], [high, 2 % high]
-    groups = [Group(prompt, [first, second])]
+    # A short row goes through the square mask, a long one in pieces where the backbone can.
+    groups = [Group(prompt, [first, second]), Group(prompt, [first, second] * 40)]
     was_training = backbone.training
     backbone.eval()
     try:
         with torch.no_grad():
             states = [
-                _last_states(backbone, form(groups, pad_id=0).to(backbone.device, backbone.dtype))
+                torch.cat(
+                    [
+                        _last_states(
+                            backbone, form([group], pad_id=0).to(backbone.device, backbone.dtype)
+                        )
+                        for group in groups
+                    ]
+                )
                 for form in (pack, pad)
             ]
             # In a causal model the prompt's states do not know which completion follows.

@@ -56,6 +56,10 @@ class GrowingLayer(DynamicLayer):
             self._rooms = [room[indices] for room in self._rooms]
             self._use(used)
 
+    def reorder_cache(self, beam_idx: Int[Tensor, " row"]) -> None:
+        """Put the rows into another order, as beam search does."""
+        self.batch_select_indices(beam_idx)
+
     def _use(self, columns: int) -> tuple[Tensor, Tensor]:
         keys, values = (room[:, :, :columns] for room in self._rooms)
         self.keys, self.values = keys, values

@@ -38,7 +38,7 @@ from trueward.losses.policy import (
     terminal_rewards,
     value_clip_loss,
 )
-from trueward.models.backbone import packed_batches, row_room
+from trueward.models.backbone import can_share_prefixes, packed_batches, row_room
 from trueward.models.policy import Policy, ValueModel, energy_losses
 from trueward.models.reward_function import Reward, posterior_function
 from trueward.models.reward_model import RewardModel
@@ -185,6 +185,7 @@ def train_policy(
         raise ValueError("Policy optimisation needs prompts, got none.")
     if isinstance(objective, objectives.RunObjective):
         objective = copy.deepcopy(objective)
+    can_share_prefixes(policy.backbone)  # found out once, and copied with the reference
     ref = None if policy.has_adapter else policy.frozen_copy()
     modules: dict[str, nn.Module] = {"policy": policy}
     if config.algorithm == "ppo":
@@ -370,7 +371,14 @@ def _learn(
     """Take the step's clipped policy-gradient (and value) updates; return their mean numbers."""
     policy, critic = loop.modules["policy"].train(), loop.modules.get("critic")
     assert isinstance(policy, Policy)
-    pack = partial(sample_batches, policy, rollouts.samples, max_tokens=config.max_batch_tokens)
+    assert critic is None or isinstance(critic, ValueModel)
+    pack = partial(
+        sample_batches,
+        policy,
+        rollouts.samples,
+        max_tokens=config.max_batch_tokens,
+        critic=critic,
+    )
     totals: dict[str, float] = {}
     updates = 0
     for epoch in range(config.inner_epochs):
@@ -455,7 +463,7 @@ def observe(
     logprobs, ref_logprobs, values = (torch.zeros(len(samples), width) for _ in range(3))
     mask = torch.zeros(len(samples), width, dtype=torch.bool)
     every = range(len(samples))
-    batches = sample_batches(policy, samples, list(every), config.max_batch_tokens)
+    batches = sample_batches(policy, samples, list(every), config.max_batch_tokens, critic=critic)
 
     def fill(out: Tensor, model: Policy) -> None:
         for batch, where in batches:
@@ -558,16 +566,25 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
 
 
 def sample_batches(
-    policy: Policy, samples: Sequence[Sample], rows: Sequence[int], max_tokens: int
+    policy: Policy,
+    samples: Sequence[Sample],
+    rows: Sequence[int],
+    max_tokens: int,
+    *,
+    critic: ValueModel | None = None,
 ) -> list[tuple[PackedBatch, list[int]]]:
-    """Pack completions by prompt within the token budget; return batches and their rows."""
+    """Pack completions by prompt within the token budget; return batches and their rows.
+
+    A critic that reads the same batches must be able to read packed rows too; else none are.
+    """
     if not rows:  # a process without a share
         return []
+    share = critic is None or can_share_prefixes(critic.backbone)
     groups: list[Group]
     groups, members = group_by_prompt(
         [samples[i].prompt_ids for i in rows],
         [samples[i].completion_ids for i in rows],
-        max_tokens=row_room(policy.backbone, max_tokens=max_tokens),
+        max_tokens=row_room(policy.backbone, max_tokens=max_tokens, shared_prefix=share),
     )
     out = []
     for some, batch in packed_batches(
@@ -575,6 +592,7 @@ def sample_batches(
         groups,
         pad_id=policy.tokenizer.pad_token_id,
         max_tokens=max_tokens,
+        shared_prefix=share,
     ):
         out.append((batch, [rows[i] for g in some for i in members[g]]))
     return out
