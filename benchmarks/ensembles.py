@@ -31,7 +31,6 @@ from trueward.testing import random_groups, tiny_tokenizer
 ROWS, TOKENS, RANK = 8, 256, 8
 # (kind, members, with gradients): at most so many times one member's seconds.
 BARS = {("heads", 5, False): 1.05, ("top", 5, False): 2.2, ("all", 5, False): 5.0}
-BARS |= {("deep", 5, False): 5.0}
 NAMES = {"heads": "Gaussian heads", "top": "LoRA, top quarter", "all": "LoRA, all layers"}
 NAMES |= {"deep": "deep ensemble"}
 
@@ -75,7 +74,7 @@ def main() -> None:
                             bar=BARS.get((kind, members, backward)),
                             at_most=True,
                             rate=median(seconds["rate"]),
-                            memory=peaks[members],
+                            memory=None if backward else peaks[members],
                             other_memory=base,
                             operations=None
                             if backward

@@ -15,8 +15,8 @@ import torch
 from harness import SIZES, alternate, body_parameters, llama_config, parser, timed
 from transformers import AutoModel
 
-from trueward.data.packing import Group
-from trueward.models.backbone import packed_batches
+from trueward.data.packing import group_by_prompt
+from trueward.models.backbone import packed_batches, row_room
 from trueward.models.reward_model import RewardModel
 from trueward.testing import random_groups, tiny_tokenizer
 
@@ -88,8 +88,12 @@ def body_of(size: str) -> int:
 
 
 def work(model: RewardModel, prompt: int, completion: int, samples: int, *, backward: bool) -> Case:
-    made = random_groups(4096, prompts=[prompt], completions=[[completion] * samples])
-    groups = [Group(*group) for group in made]
+    ((ids, completions),) = random_groups(
+        4096, prompts=[prompt], completions=[[completion] * samples]
+    )
+    groups, _ = group_by_prompt(
+        [ids] * samples, completions, max_tokens=row_room(model.backbone, max_tokens=16384)
+    )
 
     def run() -> None:
         with torch.set_grad_enabled(backward):

@@ -205,8 +205,11 @@ def text_of(tokenizer: PreTrainedTokenizerFast, length: int, *, seed: int) -> st
 
 
 def body_parameters(model: nn.Module) -> int:
-    """Count the weights that every token is multiplied with: all but embeddings."""
-    return sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
+    """Count the weights that every token is multiplied with: no embeddings, no language head."""
+    outside = ("embed_tokens", "lm_head")
+    return sum(
+        p.numel() for name, p in model.named_parameters() if not any(o in name for o in outside)
+    )
 
 
 def real_pairs(

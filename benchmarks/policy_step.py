@@ -8,6 +8,7 @@ for a token of the completions: sampling, reward, reference, gradients and updat
 """
 
 import copy
+import importlib
 import json
 import tempfile
 import time
@@ -64,6 +65,7 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
+    importlib.import_module("trl")  # so that peaks of memory hold it on both sides
     if args.peak:
         size, algorithm, case = args.peak
         Bench(size, algorithm).runs()[case](0)

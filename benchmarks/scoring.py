@@ -3,7 +3,7 @@
     python benchmarks/scoring.py
 
 Both read the same saved weights and the same texts' ids; the classifier computes a row for each
-completion, in right-padded batches of 16 sorted by length, as a careful user of transformers would.
+completion, in right-padded batches of 6 sorted by length (faster here than 16).
 """
 
 import math
@@ -31,7 +31,7 @@ from trueward.models.backbone import packed_batches, row_room
 from trueward.testing import random_groups, tiny_tokenizer
 
 BARS = {10: 2.7}
-PROMPT, COMPLETION, ROWS, MAX_TOKENS = 256, 64, 16, 16384
+PROMPT, COMPLETION, ROWS, MAX_TOKENS = 256, 64, 6, 16384
 
 
 def main() -> None:

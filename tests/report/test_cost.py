@@ -73,7 +73,7 @@ def test_parts_of_a_step_by_hand():
     assert parts["communication"] == pytest.approx(2 * 0.5 * 4 * 2 * TINY.weights / 1e3)
     sharded = policy_step_seconds(TINY, TINY, STEP, machine, sharded=True, micro_batches=3)
     outside = TINY.weights - TINY.body
-    travels = 3 * (4 * TINY.body + 4 * outside) + 12 * TINY.weights + 3 * 4 * TINY.weights
+    travels = 3 * (8 * TINY.body + 4 * outside) + 12 * TINY.weights + 3 * 4 * TINY.weights
     assert sharded["communication"] == pytest.approx(0.5 * travels / 1e3)
     alone = Machine(rate=1e6, memory_rate=1e30)
     assert policy_step_seconds(TINY, TINY, STEP, alone)["communication"] == 0

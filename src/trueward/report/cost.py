@@ -158,9 +158,10 @@ def policy_step_seconds(
     ring = (machine.processes - 1) / machine.processes
     if machine.processes == 1:
         sent = 0.0
-    elif sharded:  # bfloat16 layers are gathered twice, float32 gradients scattered, weights lent
+    elif sharded:  # layers are gathered twice, float32 gradients scattered, weights lent
         body = policy.body + (reward.body if critic else 0)
-        gathered = micro_batches * (4.0 * body + 4.0 * (trained - body)) + 4.0 * (
+        layers = 2.0 * machine.compute_bytes * body
+        gathered = micro_batches * (layers + 4.0 * (trained - body)) + 4.0 * (
             3 * policy.weights + (reward.weights if critic else 0)
         )
         sent = ring * (gathered + micro_batches * 4.0 * trained)
