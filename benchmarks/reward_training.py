@@ -160,7 +160,7 @@ class Bench:
         return list(range(turn * self.a_turn, (turn + 1) * self.a_turn))
 
     def ours(self, turn: int) -> float:
-        """Counts tokenising, metrics, the model's scale and its file; TRL's begins with training."""
+        """Counts tokenising, metrics and the saved model too; TRL's clock begins with training."""
         config = RewardConfig(
             learning_rate=RATE,
             batch_size=BATCH,
