@@ -6,8 +6,11 @@ SwiGLU of three matrices; float32 weights with AdamW, computed in bfloat16 where
 so. `docs/scaling.md` holds it against measurements.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from trueward.data.packing import row_tokens
 
 Family = Literal["single", "heads", "lora", "deep"]
 
@@ -56,11 +59,14 @@ class DecoderShape:
 class Machine:
     """What one process has, and how many there are."""
 
-    rate: float  # operations a second that matrix products really reach
+    rate: float  # operations a second that matrix products reach in training and scoring
     memory_rate: float  # bytes a second, read
     link_rate: float = 0.0  # bytes a second, sent by each process
     processes: int = 1
     compute_bytes: int = 4  # 2 where products are in bfloat16
+    # Of float32, in which policies write whatever else is in bfloat16; 0 for the same.
+    float32_rate: float = 0.0
+    in_pieces: bool = True  # attention of packed rows: a CPU's way; else the square of each row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,28 +77,47 @@ class StepShape:
     samples: int
     prompt_tokens: int
     completion_tokens: int
-
-    @property
-    def packed_tokens(self) -> int:
-        """Tokens of all packed rows: each prompt once."""
-        return self.prompts * (self.prompt_tokens + self.samples * self.completion_tokens)
+    batch_tokens: int = 8192  # of a micro-batch (`max_batch_tokens`)
 
     @property
     def written(self) -> int:
         """Tokens of all completions."""
         return self.prompts * self.samples * self.completion_tokens
 
-    @property
-    def attended(self) -> float:
-        """Pairs of tokens that attend, in packed rows taken apart into their pieces."""
-        prompt, completion = self.prompt_tokens, self.completion_tokens
-        row = prompt**2 / 2 + self.samples * completion * (prompt + completion / 2)
-        return self.prompts * row
+
+class Packed(NamedTuple):
+    """What a step's completions are as packed rows."""
+
+    tokens: int  # of all rows, each with its prompt
+    attended: float  # pairs of tokens whose products are computed
+
+    def micro_batches(self, step: StepShape, machine: Machine) -> int:
+        """Return how many micro-batches each process has, padding left out."""
+        return math.ceil(self.tokens / machine.processes / step.batch_tokens)
 
 
-def forward_operations(model: DecoderShape, step: StepShape) -> float:
-    """Operations of the body and its attention on a step's packed rows, forward alone."""
-    return 2.0 * model.body * step.packed_tokens + 4.0 * model.layers * model.hidden * step.attended
+def packed(model: DecoderShape, step: StepShape, machine: Machine) -> Packed:
+    """Return tokens and attended pairs of a step, in pieces or over squares.
+
+    In pieces a prompt attends to itself (half of a square) and each completion to both. Over
+    squares a row is as long as `data.packing.row_tokens` makes a completion cheapest, and all of
+    its square is computed.
+    """
+    prompt, completion, samples = step.prompt_tokens, step.completion_tokens, step.samples
+    if machine.in_pieces:
+        row = prompt**2 / 2 + samples * completion * (prompt + completion / 2)
+        return Packed(step.prompts * (prompt + samples * completion), step.prompts * row)
+    room = row_tokens(prompt, hidden_size=model.hidden)
+    each = min(samples, max(1, (room - prompt) // completion))
+    rows = [each] * (samples // each) + [samples % each] * (samples % each > 0)
+    squares = sum((prompt + k * completion) ** 2 for k in rows)
+    tokens = len(rows) * prompt + samples * completion
+    return Packed(step.prompts * tokens, float(step.prompts * squares))
+
+
+def forward_operations(model: DecoderShape, rows: Packed) -> float:
+    """Operations of the body and its attention on packed rows, forward alone."""
+    return 2.0 * model.body * rows.tokens + 4.0 * model.layers * model.hidden * rows.attended
 
 
 def readout_operations(model: DecoderShape, step: StepShape) -> float:
@@ -114,22 +139,33 @@ def reward_passes(family: Family, members: int, *, adapted: float = 0.25) -> flo
     return passes[family]
 
 
-def generation_seconds(model: DecoderShape, step: StepShape, machine: Machine) -> float:
-    """Seconds of writing: the prompts' pass, then a pass a token that reads weights and cache.
+def rows_at_once(step: StepShape, machine: Machine) -> tuple[int, int]:
+    """Return how many rows a process writes at once, and in how many chunks it writes its share.
 
-    Prompts are computed once for their samples; rows are spread over the processes, and all of a
-    process's rows are written at once.
+    `train_policy` gives sampling four times the tokens of a micro-batch, room for the completions
+    counted in, and keeps the samples of a prompt together.
     """
-    share = 1 / machine.processes
-    prompts = 2.0 * model.body * step.prompts * step.prompt_tokens * share / machine.rate
-    rows = step.prompts * step.samples * share
-    operations = rows * (2.0 * model.body + 2.0 * model.hidden * model.vocabulary)
+    width = step.prompt_tokens + step.completion_tokens
+    share = math.ceil(step.prompts / machine.processes)
+    prompts = min(share, max(1, 4 * step.batch_tokens // (step.samples * width)))
+    return prompts * step.samples, math.ceil(share / prompts)
+
+
+def generation_seconds(model: DecoderShape, step: StepShape, machine: Machine) -> float:
+    """Seconds of writing, in float32: the prompts' pass, then passes that read weights and cache.
+
+    Prompts are computed once for their samples; the first token comes from the prompts' pass.
+    """
+    rate = machine.float32_rate or machine.rate
+    share = math.ceil(step.prompts / machine.processes)
+    prompts = 2.0 * model.body * share * step.prompt_tokens / rate
+    rows, chunks = rows_at_once(step, machine)
+    readout = model.hidden * model.vocabulary
+    operations = rows * 2.0 * (model.body + readout)
     mean_context = step.prompt_tokens + step.completion_tokens / 2
-    each = machine.compute_bytes
-    read = (model.body + model.vocabulary * model.hidden) * each
-    read_cache = model.cache_bytes(rows * mean_context, bytes_each=each)
-    a_token = max(operations / machine.rate, (read + read_cache) / machine.memory_rate)
-    return prompts + step.completion_tokens * a_token
+    read = 4.0 * (model.body + readout) + model.cache_bytes(rows * mean_context, bytes_each=4)
+    a_pass = max(operations / rate, read / machine.memory_rate)
+    return prompts + chunks * (step.completion_tokens - 1) * a_pass
 
 
 def policy_step_seconds(
@@ -142,49 +178,70 @@ def policy_step_seconds(
     family: Family = "single",
     critic: bool = False,
     sharded: bool = False,
-    micro_batches: int = 1,
 ) -> dict[str, float]:
     """Seconds of a step's parts: generation, reward, observation, learning, communication.
 
     Observation is the policy's and the reference's log-probabilities, and the critic's values;
-    learning is forward and backward (three forwards) of policy and critic. What travels is that of
-    `docs/scaling.md`, over `micro_batches` a process.
+    learning is forward and backward (three forwards; logits once more where a micro-batch has more
+    than 2,048 of them) of policy and critic. What travels is that of `docs/scaling.md`.
     """
     each = machine.rate * machine.processes
-    whole = forward_operations(policy, step)
-    logits = readout_operations(policy, step)
-    scored = reward_passes(family, members) * forward_operations(reward, step)
-    trained = policy.weights + (reward.weights if critic else 0)
-    ring = (machine.processes - 1) / machine.processes
-    if machine.processes == 1:
-        sent = 0.0
-    elif sharded:  # layers are gathered twice, float32 gradients scattered, weights lent
-        body = policy.body + (reward.body if critic else 0)
-        layers = 2.0 * machine.compute_bytes * body
-        gathered = micro_batches * (layers + 4.0 * (trained - body)) + 4.0 * (
-            3 * policy.weights + (reward.weights if critic else 0)
-        )
-        sent = ring * (gathered + micro_batches * 4.0 * trained)
-    else:
-        sent = 2 * ring * 4.0 * trained
+    rows = packed(policy, step, machine)
+    whole, logits = forward_operations(policy, rows), readout_operations(policy, step)
+    of_reward = forward_operations(reward, packed(reward, step, machine))
+    of_critic = of_reward if critic else 0.0
+    micro_batches = rows.micro_batches(step, machine)
+    a_micro_batch = step.written / machine.processes / micro_batches
+    logit_passes = 4 if a_micro_batch > 2048 else 3
     return {
         "generation": generation_seconds(policy, step, machine),
-        "reward": scored / each,
-        "observation": (2 * (whole + logits) + (forward_operations(reward, step) if critic else 0))
-        / each,
-        "learning": 3
-        * (whole + logits + (forward_operations(reward, step) if critic else 0))
-        / each,
-        "communication": sent / machine.link_rate if sent else 0.0,
+        "reward": reward_passes(family, members) * of_reward / each,
+        "observation": (2 * (whole + logits) + of_critic) / each,
+        "learning": (3 * (whole + of_critic) + logit_passes * logits) / each,
+        "communication": sent_bytes(
+            policy,
+            reward if critic else None,
+            machine,
+            sharded=sharded,
+            micro_batches=micro_batches,
+        )
+        / (machine.link_rate or 1.0),
     }
+
+
+def sent_bytes(
+    policy: DecoderShape,
+    critic: DecoderShape | None,
+    machine: Machine,
+    *,
+    sharded: bool,
+    micro_batches: int,
+) -> float:
+    """Bytes that each process sends in a step, over a ring.
+
+    Replicated: gradients once, there and back. Sharded, for each micro-batch: layers gathered twice
+    and the rest once, gradients scattered; and models lent, the policy twice, reference and critic
+    once.
+    """
+    if machine.processes == 1:
+        return 0.0
+    trained = [policy] if critic is None else [policy, critic]
+    weights = sum(model.weights for model in trained)
+    ring = (machine.processes - 1) / machine.processes
+    if not sharded:
+        return 2 * ring * 4.0 * weights
+    body = sum(model.body for model in trained)
+    gathered = 2.0 * machine.compute_bytes * body + 4.0 * (weights - body)
+    lent = 4.0 * (2 * policy.weights + weights)
+    return ring * (micro_batches * (gathered + 4.0 * weights) + lent)
 
 
 def memory_bytes(
     policy: DecoderShape,
     reward: DecoderShape,
+    step: StepShape,
     machine: Machine,
     *,
-    batch_tokens: int,
     members: int = 1,
     family: Family = "single",
     critic: bool = False,
@@ -193,27 +250,39 @@ def memory_bytes(
     adapted: float = 0.25,
     rank: int = 8,
 ) -> dict[str, float]:
-    """Bytes that each process holds, by what holds them.
+    """Bytes that each process holds at its peak, by what holds them.
 
-    Weights, gradients and AdamW's moments are float32 (16 bytes a weight); the reference 4; sharded
-    weights are lent whole, one model at a time. A reward that pays stands whole in each process, in
-    `reward_bytes`; a deep ensemble as often as it has members. Activations of a micro-batch of
-    `batch_tokens` are 34 x hidden bytes a layer and token in half precision without attention's
-    square (Korthikanti et al. 2022, Eq. 2, https://arxiv.org/abs/2205.05198), logits of 2,048
-    tokens three float32 numbers each.
+    Weights, gradients and AdamW's moments are float32 (16 bytes a weight), the reference 4. A
+    reward that pays stands whole in each process, in `reward_bytes`, a deep ensemble as often as it
+    has members. Beside these stands what the hungriest phase needs. `writing`: the cache of the
+    rows at once, in float32, and the lent policy where weights are sharded. `learning`: a
+    micro-batch's activations, 34 bytes for each unit of width, layer and token in half precision,
+    without attention's square (Korthikanti et al. 2022, Eq. 2, https://arxiv.org/abs/2205.05198),
+    logits of 2,048 tokens, three float32 numbers each, and where weights are sharded what is
+    gathered at a time: a layer, and all that is outside of layers.
     """
     slices = machine.processes if sharded else 1
-    trained = policy.weights + (reward.weights if critic else 0)
-    lent = 4.0 * max(policy.weights, reward.weights if critic else 0) if sharded else 0.0
+    weights = policy.weights + (reward.weights if critic else 0)
     rewards = reward.weights * (members if family == "deep" else 1)
     if family == "lora":
         rewards += int(members * adapted * reward.layers * rank * reward.layer_sides)
-    layer = 34.0 * policy.hidden * batch_tokens * machine.compute_bytes / 2
+    rows, _ = rows_at_once(step, machine)
+    width = step.prompt_tokens + step.completion_tokens
+    cache = policy.cache_bytes(float(rows * width), bytes_each=4)
+    per_token = 17.0 * machine.compute_bytes
+    activations = per_token * step.batch_tokens * policy.layers * policy.hidden
+    if critic:
+        activations += per_token * step.batch_tokens * reward.layers * reward.hidden
+    logits = 3.0 * 4 * min(2048, step.batch_tokens) * policy.vocabulary
+    gathered = policy.layer_weights + policy.weights - policy.body if sharded else 0
+    phases = {
+        "writing": cache + (4.0 * policy.weights if sharded else 0.0),
+        "learning": activations + logits + 4.0 * gathered,
+    }
+    phase = max(phases, key=lambda name: phases[name])
     return {
-        "trained": 16.0 * trained / slices,
+        "trained": 16.0 * weights / slices,
         "reference": 4.0 * policy.weights / slices,
-        "lent": lent,
         "rewards": float(reward_bytes * rewards),
-        "activations": policy.layers * layer * (2 if critic else 1),
-        "logits": 3.0 * 4 * min(2048, batch_tokens) * policy.vocabulary,
+        phase: phases[phase],
     }
