@@ -239,6 +239,20 @@ def test_an_alarm_that_warns_breaks_ties_by_gold() -> None:
     assert calibrate_steps(runs, aim="warn").rule == 18
 
 
+def test_only_alarms_that_are_raised_in_learned_rewards_runs_are_hits() -> None:
+    # The peak is at place 17 of 20: the end, where an alarm is silent, is within a fifth of it.
+    gold = [0.1 * p for p in range(19)] + [-1.0, -6.0]
+    run = run_of(gold, every=1)
+    assert true_peak(run).place == 17
+    twin = dataclasses.replace(run, gold_is_reward=True)
+    silent = calibrate([run, twin], signals=["kl"], aim="warn")  # any alarm would be a false one
+    assert raised_step(run, silent.rule) is None
+    assert silent.worth == pytest.approx(1e-6 * -3.5)
+    # A gold run that falls by chance is not one to hit.
+    calm = dataclasses.replace(twin, signals={"kl": [0.0] * 20})
+    assert calibrate([run, calm], signals=["kl"], aim="warn").worth == pytest.approx(1, abs=1e-5)
+
+
 def test_a_trend_is_a_clock_unless_its_differences_are_the_unit() -> None:
     # The same signal at half and twice the rate, and a jump at a known height of it.
     def run(rate: float) -> WatchedRun:

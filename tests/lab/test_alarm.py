@@ -85,7 +85,7 @@ def test_runs_are_read_from_finished_cells_of_trained_policies(stored: Path) -> 
     assert runs[1].signals["kl"][:3] == [0, 2, 4]
     assert true_peak(runs[0]).place == 18
     # The others' gold is what is left of the mean over two: m + 0.1 for the first, m - 0.1.
-    assert runs[0].halves[1] == pytest.approx((0.2, 0.0))
+    assert runs[0].halves[2] == pytest.approx((0.3, 0.1))
     assert len(runs[0].halves) == 21
 
 
