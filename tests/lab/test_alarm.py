@@ -143,7 +143,7 @@ def test_the_study_calibrates_on_some_seeds_and_judges_the_others(
     assert (study / "figures" / "gold_and_alarm.png").stat().st_size > 1000
     page = (study / "report.html").read_text()
     assert "<svg" in page
-    assert "2 runs with gold as reward: a bound of 10 % on false alarms allows none" in page
+    assert "in the calibration: 2. A bound of 10 % on false alarms allows none" in page
     run_alarm(config)  # the same folder again
 
 
