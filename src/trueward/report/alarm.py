@@ -404,8 +404,8 @@ def _alarms(
     gold = len(_gold(calibration["warn"][ALARM]))
     allowed = math.floor(bound * gold) or "none"
     paragraphs.append(
-        f"Runs with gold as reward in the calibration: {gold}. A bound of {100 * bound:g} % on false "
-        f"alarms allows {allowed} of them."
+        f"Runs with gold as reward in the calibration: {gold}. A bound of {100 * bound:g} % on "
+        f"false alarms allows {allowed} of them."
     )
     return "\n\n".join(paragraphs)
 
