@@ -1,6 +1,7 @@
 """`trueward alarm` on stored runs, and cells that are watched."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trueward.config import parse
 from trueward.data.sources import DataError
 from trueward.evaluate.alarm import true_peak
 from trueward.lab.alarm import AlarmStudyConfig, WatchedWorld, read_runs, run_alarm
+from trueward.lab.exact_path import ExactPaths
 from trueward.lab.grammar import GrammarWorld
 from trueward.lab.language import LanguageConfig
 from trueward.lab.methods import Method
@@ -33,11 +35,20 @@ def write_cell(
     gold = [0.05 * p if p <= 20 or not falls else 1.0 - 0.5 * (p - 20) for p in range(0, 41, 2)]
     points = [{"step": 2.0 * i, "gold": g} for i, g in enumerate(gold)]
     (cell / "result.json").write_text(json.dumps({"points": points}))
+    (cell / "evaluations").mkdir()
+    for point in points:  # two answers to each of two prompts, of which the first ones are kept
+        found = {"point": point, "gold": [point["gold"] + 0.2, point["gold"]]}
+        (cell / "evaluations" / f"{int(point['step']):06d}.json").write_text(json.dumps(found))
     rows = []
     for p in range(40):
         wiggle = 0.1 * ((7 * p + seed) % 5)
         jump = wiggle + (3.0 if falls and p >= 18 else 0.0)
-        row = {"step": p + 1, "reward": 1.0, "alarm/spread": jump, "alarm/kl": p * (1 + seed % 3)}
+        row = {
+            "step": p + 1,
+            "reward": 1.0,
+            "alarm/spread": jump,
+            "alarm/kl": float(p * (1 + seed % 3)),
+        }
         rows.append(json.dumps(row | {"alarm/gain": 0.1 * p} if p else row))
     (cell / "training" / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     (cell / "summary.json").write_text("{}")
@@ -48,7 +59,10 @@ def stored(tmp_path: Path) -> Path:
     out = tmp_path / "runs"
     out.mkdir()
     (out / "config.yaml").write_text(
-        yaml.safe_dump({"methods": {"single": {}, "gold": {}}}, sort_keys=False)
+        yaml.safe_dump(
+            {"methods": {"single": {}, "gold": {}}, "language": {"evaluation_samples": 2}},
+            sort_keys=False,
+        )
     )
     for seed in range(5):
         write_cell(out, "single", seed)
@@ -70,6 +84,21 @@ def test_runs_are_read_from_finished_cells_of_trained_policies(stored: Path) -> 
     assert set(runs[0].signals) == {"spread", "kl"}  # `gain` is not there at every step
     assert runs[1].signals["kl"][:3] == [0, 2, 4]
     assert true_peak(runs[0]).place == 18
+    # The others' gold is what is left of the mean over two: m + 0.1 for the first, m - 0.1.
+    assert runs[0].halves[2] == pytest.approx((0.3, 0.1))
+    assert len(runs[0].halves) == 21
+
+
+def test_a_signal_that_is_not_finite_is_held_at_its_last_value(
+    stored: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = stored / "cells" / "single" / "seed-0" / "training" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["alarm/kl"], rows[5]["alarm/kl"], rows[6]["alarm/kl"] = math.nan, math.inf, math.nan
+    file.write_text("\n".join(map(json.dumps, rows)))
+    run = read_runs("w", stored)[0]
+    assert run.signals["kl"][:8] == [0, 1, 2, 3, 4, 4, 4, 7]
+    assert "'kl' is not finite at every step" in caplog.text
 
 
 def test_the_study_calibrates_on_some_seeds_and_judges_the_others(
@@ -77,25 +106,65 @@ def test_the_study_calibrates_on_some_seeds_and_judges_the_others(
 ) -> None:
     worlds = {"w": WatchedWorld(folder=str(stored), calibration_seeds=[0, 1])}
     config = AlarmStudyConfig(output_dir=str(tmp_path / "study"), worlds=worlds)
-    summary = run_alarm(config)
-    assert summary["metrics"]["runs"] == 6
-    assert summary["metrics"]["falling"] == 3
-    assert summary["metrics"]["at_peak"] == 3
-    assert summary["metrics"]["gold_as_reward"] == 3
-    assert summary["metrics"]["false_alarms"] == 0
-    alarm = Calibration.load(tmp_path / "study" / "alarm.json")
-    assert list(alarm.weights) == ["spread"]
-    found = json.loads((tmp_path / "study" / "outcomes.json").read_text())
-    assert {(o["method"], o["seed"]) for o in found["judged"]} == {
-        (m, s) for m in ("single", "gold") for s in (2, 3, 4)
-    }
-    assert len(found["calibration"]) == 5
-    table = (tmp_path / "study" / "table.md").read_text()
-    assert "| w | single | 3 | 3 | 3 of 3 | 3 of 3 | 3 of 3 | 0 of 3 |" in table
-    assert "| w | gold | 3 | 0 |  |  |  |  | 0 of 3 |" in table
-    assert (tmp_path / "study" / "figures" / "gold_and_alarm.png").stat().st_size > 1000
-    assert "<svg" in (tmp_path / "study" / "report.html").read_text()
+    summary = run_alarm(config)["metrics"]
+    assert summary["runs"] == 6
+    assert summary["falling"] == summary["warn/hit"] == 3
+    assert summary["warn/early"] == summary["warn/late"] == summary["warn/never"] == 0
+    assert summary["gold_as_reward"] == 3
+    assert summary["warn/false_alarms"] == summary["stop/false_alarms"] == 0
+    study = tmp_path / "study"
+    for name in ("warn", "stop"):
+        assert list(Calibration.load(study / f"{name}.json").weights) == ["spread"]
+    found = json.loads((study / "outcomes.json").read_text())
+    kinds = ["alarm", "alarm, KL alone", "alarm, members alone", "KL budget"]
+    kinds += ["KL budget, no bound", "fixed steps"]
+    for aim in ("warn", "stop"):
+        assert list(found["judged"][aim]) == kinds
+        assert list(found["rules"]["w"][aim]) == kinds
+        for kind in kinds:
+            assert {(o["method"], o["seed"]) for o in found["judged"][aim][kind]} == {
+                (m, s) for m in ("single", "gold") for s in (2, 3, 4)
+            }
+            assert len(found["calibration"][aim][kind]) == 5
+        rules = {kind: found["rules"]["w"][aim][kind]["rule"] for kind in kinds}
+        assert rules["KL budget"]["unit"] == rules["KL budget, no bound"]["unit"] == "raw"
+        assert rules["alarm, KL alone"]["weights"] == {"kl": 1.0}
+        assert rules["alarm, KL alone"]["unit"] != "raw"
+    assert rules["fixed steps"] == 18
+    # Of two gold runs a bound of a tenth allows none; without one the budget is free to stop both.
+    budgets = [found["rules"]["w"]["stop"][k]["false_alarms"] for k in kinds[3:5]]
+    assert budgets[0] == 0
+    assert budgets[1] > 0
+    table = (study / "table.md").read_text()
+    three = "0 of 3 | 3 of 3 | 0 of 3 | 0 of 3 | 100 ± 0 "
+    assert f"| alarm | {three}| 100 ± 0 | 0 of 3 |" in table
+    assert f"| w | single | 3 | 3 | {three}| 3 of 3 |" in table
+    assert "gold of half the answers |  |  |  |  | 100 ± 0 | 100 ± 0 |" in table
+    assert (study / "figures" / "gold_and_alarm.png").stat().st_size > 1000
+    page = (study / "report.html").read_text()
+    assert "<svg" in page
+    assert "in the calibration: 2. A bound of 10 % on false alarms allows none" in page
     run_alarm(config)  # the same folder again
+
+
+def test_the_exact_world_is_in_no_row_with_others(stored: Path, tmp_path: Path) -> None:
+    worlds = {"w": WatchedWorld(folder=str(stored), calibration_seeds=[0, 1])}
+    config = AlarmStudyConfig(
+        output_dir=str(tmp_path / "study"),
+        worlds=worlds,
+        exact=ExactPaths(seeds=1, steps=12),
+        signals=["spread", "kl"],
+    )
+    alone = AlarmStudyConfig(output_dir=str(tmp_path / "alone"), worlds=worlds)
+    assert run_alarm(config)["metrics"] | {"candidates": 0} == (
+        run_alarm(alone)["metrics"] | {"candidates": 0}
+    )
+    inside, outside = (tmp_path / "study" / "table.md").read_text().split("Tables of another kind")
+    assert inside.strip() == (tmp_path / "alone" / "table.md").read_text().strip()
+    assert "| exact | single | 1 |" in outside
+    assert "KL and the log-probability are of a response among all" in outside
+    assert "all embedded worlds" not in outside
+    assert "half the answers" not in outside
 
 
 def test_a_study_without_either_part_is_refused(stored: Path, tmp_path: Path) -> None:
@@ -129,13 +198,18 @@ def test_a_world_that_lacks_the_chosen_signal_gets_an_alarm_of_its_own(
     }
     config = AlarmStudyConfig(output_dir=str(tmp_path / "study"), worlds=worlds)
     run_alarm(config)
-    assert list(Calibration.load(tmp_path / "study" / "alarm.json").weights) == ["spread"]
+    assert list(Calibration.load(tmp_path / "study" / "stop.json").weights) == ["spread"]
     # All that both have is the KL, which knows little: it is used all the same, and said.
-    own = Calibration.load(tmp_path / "study" / "alarm_v.json")
-    assert list(own.weights) == ["kl"]
-    found = json.loads((tmp_path / "study" / "outcomes.json").read_text())["calibrated"]
-    assert found["v"]["alarm"]["weights"] == {"kl": 1.0}
-    assert found["w"]["alarm"]["weights"] == {"spread": 1.0}
+    for aim in ("warn", "stop"):
+        own = Calibration.load(tmp_path / "study" / f"{aim}_v.json")
+        assert list(own.weights) == ["kl"]
+    found = json.loads((tmp_path / "study" / "outcomes.json").read_text())
+    assert found["rules"]["v"]["stop"]["alarm"]["rule"]["weights"] == {"kl": 1.0}
+    assert found["rules"]["w"]["stop"]["alarm"]["rule"]["weights"] == {"spread": 1.0}
+    # A kind that a world has nothing for is not judged there.
+    kinds = found["judged"]["stop"]
+    assert {o["world"] for o in kinds["alarm"]} == {"w", "v"}
+    assert {o["world"] for o in kinds["alarm, members alone"]} == {"w"}
     assert "In v: " in (tmp_path / "study" / "report.html").read_text()
     alone = AlarmStudyConfig(output_dir=str(tmp_path / "b"), worlds=worlds, signals=["spread"])
     with pytest.raises(DataError, match="No alarm can be calibrated"):
@@ -156,6 +230,7 @@ def test_the_recipes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     runs = str(recipes / "alarm_runs.yaml")
     kinds = ["calibration", "main", "more", "noisy", "lengthy", "misspecified", "covered"]
+    kinds += ["slower", "faster"]
     seeds: dict[str, set[int]] = {}
     for kind in kinds:
         config = parse(CompareConfig, ["--config", runs, "--setting", kind], command="compare")
@@ -171,6 +246,13 @@ def test_the_recipes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert set(study.worlds["default"].calibration_seeds) == seeds["calibration"]
     assert set(study.worlds["noisy"].calibration_seeds) < seeds["noisy"]
     assert not seeds["calibration"] & seeds["main"]
+    assert seeds["slower"] == {700, 701, 702}
+    assert seeds["faster"] == {800, 801, 802}
+    judged_alone = {"lengthy", "misspecified", "covered", "slower", "faster"}
+    assert set(study.worlds) == {"default", "noisy", *judged_alone}
+    for name, world in study.worlds.items():
+        assert world.folder == f"runs/alarm/{name}"
+        assert bool(world.calibration_seeds) == (name not in judged_alone)
     # Read whole, then refused for want of runs: exit code 2 and one sentence.
     assert main(["alarm", "--config", str(recipes / "alarm.yaml"), "--setting", "full"]) == 2
 

@@ -16,12 +16,15 @@ from trueward.testing import tiny_backbone, tiny_language_model, tiny_texts, tin
 from trueward.train import policy as policy_module
 from trueward.train.alarm import (
     DEFAULT,
+    MOST_SNAPSHOTS,
     SIGNALS,
     Alarm,
     AlarmConfig,
     Calibration,
     Snapshots,
+    kept_places,
     standardised,
+    unit_of,
 )
 from trueward.train.policy import PolicyConfig, train_policy
 
@@ -74,6 +77,20 @@ def test_a_signal_counts_from_its_first_values_in_their_stds() -> None:
     assert standardised(7.0, [1.0, 3.0], floor=10.0) == pytest.approx(0.5)
     assert standardised(7.0, [1.0, 3.0], floor=0.1) == pytest.approx(5 / math.sqrt(2))
     assert math.isfinite(standardised(7.0, [2.0, 2.0]))  # never moved
+    assert standardised(7.0, [1.0, 3.0], unit="floor", floor=0.1) == pytest.approx(50.0)
+    assert standardised(7.0, [1.0, 3.0], unit="raw", floor=10.0) == 7.0
+    assert standardised(7.0, [], unit="raw") == 7.0
+
+
+def test_differences_know_noise_from_trend() -> None:
+    # 1, 3, 4: differences 2 and 1, (4 + 1) / 2 / 2; the mean is 8/3.
+    assert unit_of([1.0, 3.0, 4.0], unit="differences") == pytest.approx(math.sqrt(1.25))
+    assert unit_of([1.0, 3.0, 4.0], unit="differences", floor=3.0) == 3.0
+    noise = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    trend = (noise + torch.arange(4000) * 0.1).tolist()
+    assert unit_of(noise.tolist(), unit="differences") == pytest.approx(1.0, abs=0.03)
+    assert unit_of(trend, unit="differences") == pytest.approx(1.0, abs=0.03)
+    assert unit_of(trend, unit="window") > 100
 
 
 def test_the_score_is_a_weighted_sum_and_silent_in_its_window() -> None:
@@ -136,11 +153,25 @@ def test_an_alarm_that_goes_on_from_its_state_is_the_same() -> None:
 
 
 def test_a_signal_that_is_not_there_is_named() -> None:
-    alarm = Alarm(DEFAULT)
     with pytest.raises(ValueError, match="reads the signal 'spread', which step 1 has not"):
-        alarm.update(1, {"kl": 1.0})
-    with pytest.raises(ValueError, match="reads the signal"):
-        alarm.update(1, dict.fromkeys(SIGNALS, math.nan))
+        Alarm(DEFAULT).update(1, {"kl": 1.0})
+
+
+def test_a_step_with_a_signal_that_is_not_finite_is_as_if_it_had_not_been() -> None:
+    rules = Calibration(
+        weights={"kl": 1.0, "length": 1.0}, window=3, threshold=2.0, patience=2, slack=0.5
+    )
+    values = [1.0, 2.0, 4.0, 3.0, 9.0, 8.0]
+    plain, holed = Alarm(rules), Alarm(rules)
+    found = []
+    for step, value in enumerate(values, start=1):
+        score = plain.update(step, {"kl": value, "length": value**0.5})
+        for odd in ({"kl": math.nan, "length": 1.0}, {"kl": 99.0, "length": math.inf}):
+            assert holed.update(step, odd) is None
+        found.append((score, holed.update(step, {"kl": value, "length": value**0.5})))
+    assert all(ours == theirs for ours, theirs in found)
+    assert plain.state_dict() == holed.state_dict()
+    assert plain.raised_at is not None
 
 
 def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -154,6 +185,9 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"weights": {"joy": 1.0}, "threshold": 1.0}')
     with pytest.raises(DataError, match="'joy' is no signal"):
         Calibration.load(tmp_path / "other.json")
+    (tmp_path / "unit.json").write_text('{"weights": {"kl": 1.0}, "threshold": 1.0, "unit": "ell"}')
+    with pytest.raises(DataError, match="unit"):
+        Calibration.load(tmp_path / "unit.json")
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(DataError, match="no alarm's calibration"):
         Calibration.load(tmp_path / "list.json")
@@ -166,6 +200,9 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"weights": {"kl": 0.0}}, "at least one signal"),
         ({"floors": {"kl": 0.0}}, "floors must be above 0"),
         ({"window": 1}, "window must be at least 2"),
+        ({"window": -1, "unit": "raw"}, "window must be at least 2"),
+        ({"unit": "floor"}, "needs a floor for each signal"),
+        ({"unit": "floor", "floors": {"length": 1.0}}, "needs a floor for each signal"),
         ({"patience": 0}, "patience must be at least 1"),
         ({"rewind": 1.1}, "rewind is a share"),
         ({"threshold": math.inf}, "threshold must be finite"),
@@ -179,38 +216,60 @@ def test_a_calibration_that_means_nothing_is_refused(options: dict[str, Any], sa
 # ---- snapshots ---------------------------------------------------------------------------------
 
 
+def test_places_are_kept_from_the_one_needed_and_thinned_where_they_are_many() -> None:
+    assert list(kept_places(7, rewind=1.0)) == [6, 7]
+    assert list(kept_places(7, rewind=0.5)) == [2, 3, 4, 5, 6, 7]
+    assert list(kept_places(9, rewind=0.5, every=3)) == [0, 3, 6, 9]
+    assert list(kept_places(40, rewind=0.5)) == [20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40]
+    assert list(kept_places(1000, rewind=0.0)) == [0]
+    # Whatever the rewind: never too many, each kept from when it was there on, and always one at or
+    # before the place that is needed, no further from it than four of the distances.
+    for rewind in (0.01, 0.05, 0.1, 0.25, 0.3, 0.5, 0.75, 0.9, 0.99, 1.0):
+        for every in (1, 2, 3, 5):
+            there: set[int] = set()
+            for place in range(700):
+                wanted = kept_places(place, rewind=rewind, every=every)
+                assert len(wanted) <= MOST_SNAPSHOTS
+                there = (there | {place}) & set(wanted)
+                needed = math.floor(rewind * place)
+                last = max(p for p in there if p <= needed)
+                assert needed - last < wanted.step
+                assert all(p in there for p in wanted if p > needed)
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_snapshots_give_back_the_last_place_at_or_before_the_one_asked_for(
-    tmp_path: Path, on_disk: bool
+    tmp_path: Path, on_disk: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = torch.nn.Linear(1, 1, bias=False)
     folder = tmp_path / "snapshots" if on_disk else None
     kept = Snapshots(module, folder, every=2)
-    for place in range(7):
+    for place in range(15):
         torch.nn.init.constant_(module.weight, float(place))
-        kept.keep(place, needed_from=0)
-    assert [(kept.restore(p), module.weight.item()) for p in (6, 5, 1)] == [(6, 6), (4, 4), (0, 0)]
+        kept.keep(place, rewind=0.5)
+    assert kept._places() == [4, 6, 8, 10, 12, 14]
+    assert [(kept.restore(p), module.weight.item()) for p in (14, 13, 7)] == [
+        (14, 14),
+        (12, 12),
+        (6, 6),
+    ]
     if folder is not None:  # another process's, as after a kill
-        assert Snapshots(module, folder, every=2).restore(3) == 2
-        assert module.weight.item() == 2
+        assert Snapshots(module, folder, every=2).restore(9) == 8
+        assert module.weight.item() == 8
+    assert not caplog.records
+    assert (kept.restore(3), module.weight.item()) == (4, 4)  # none is as early
+    assert "the earliest is put back" in caplog.text
     kept.clear()
     assert folder is None or not folder.exists()
-
-
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_snapshots_that_are_never_needed_again_are_dropped(tmp_path: Path, on_disk: bool) -> None:
-    module = torch.nn.Linear(1, 1, bias=False)
-    kept = Snapshots(module, tmp_path if on_disk else None, every=3)
-    for place in range(10):
-        kept.keep(place, needed_from=place // 2)
-    assert kept._places() == [3, 6, 9]  # from 4 on: the last one before it is 3
+    with pytest.raises(DataError, match="No snapshot of the policy is left"):
+        kept.restore(3)
 
 
 def test_parameters_that_are_not_trained_are_not_kept() -> None:
     module = torch.nn.Linear(2, 2)
     module.bias.requires_grad_(False)
-    kept = Snapshots(module, None, every=1)
-    kept.keep(0, needed_from=0)
+    kept = Snapshots(module, None)
+    kept.keep(0, rewind=1.0)
     before = module.weight.detach().clone()
     with torch.no_grad():
         module.weight.zero_()
@@ -286,7 +345,9 @@ def test_a_warning_is_one_line_and_the_run_goes_on(
     assert not (tmp_path / "run" / "snapshots").exists()
 
 
-@pytest.mark.parametrize(("rewind", "keep_every", "place"), [(1, 1, 4), (0.4, 1, 1), (1, 3, 3)])
+@pytest.mark.parametrize(
+    ("rewind", "keep_every", "place"), [(1, 1, 4), (0.4, 1, 1), (1, 3, 3), (0, 1, 0)]
+)
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_a_stopped_run_ends_with_the_policy_of_the_place_it_goes_back_to(
     tmp_path: Path, rewind: float, keep_every: int, place: int, on_disk: bool
@@ -309,7 +370,9 @@ def test_a_stopped_run_ends_with_the_policy_of_the_place_it_goes_back_to(
         evaluation=evaluation,
     )
     # Without an alarm, a run of as many steps ends there.
-    expected = train_policy(new_policy(), reward, tiny_texts(6), PolicyConfig(steps=place, **SMALL))
+    expected = new_policy()
+    if place:
+        train_policy(expected, reward, tiny_texts(6), PolicyConfig(steps=place, **SMALL))
     assert same(weights_of(stopped), weights_of(expected))
     assert [step for step, _ in told] == [place]
     assert same(told[0][1], weights_of(expected))
@@ -322,6 +385,12 @@ def test_a_stopped_run_ends_with_the_policy_of_the_place_it_goes_back_to(
         assert summary["alarm/raised_at"] == 5
         assert summary["alarm/restored"] == place
         assert summary["seen"] == place
+        # What else the summary holds is of the step that raised it, and says so.
+        own = {"alarm/raised_at", "alarm/restored", "seen"}
+        of_step = {k: v for k, v in rows[4].items() if k not in ("stage", "step", *own)}
+        assert {k: v for k, v in summary.items() if k not in own} == {
+            f"raising_step/{k}": v for k, v in of_step.items()
+        }
         again = Policy.from_pretrained(tmp_path / "run" / "model")
         assert same(weights_of(again), weights_of(expected))
         assert not (tmp_path / "run" / "snapshots").exists()
@@ -405,6 +474,119 @@ def test_a_resumed_run_raises_the_alarm_in_the_same_step(
     assert summaries[0] == summaries[1]
     assert summaries[0]["alarm/raised_at"] == 5
     assert summaries[0]["alarm/restored"] == 2  # 0.7 x 4 = 2.8
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_the_step_that_raises_the_alarm_is_logged_whatever_log_every_says(
+    tmp_path: Path, action: Any
+) -> None:
+    train_policy(
+        new_policy(),
+        ensemble(),
+        tiny_texts(6),
+        PolicyConfig(steps=5, log_every=4, **SMALL),
+        output_dir=tmp_path / "run",
+        alarm=AlarmConfig(action=action, calibration=saved(tmp_path / "a.json")),
+    )
+    steps = [row["step"] for row in metrics_of(tmp_path / "run")]
+    assert steps == {"warn": [3, 4, 5], "stop": [3]}[action]
+
+
+def test_a_run_is_resumed_with_the_alarm_that_it_was_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(action: Any, *, threshold: float = 1e9) -> None:
+        path = saved(tmp_path / f"{threshold}.json", threshold=threshold)
+        train_policy(
+            new_policy(),
+            ensemble(),
+            tiny_texts(6),
+            PolicyConfig(steps=4, checkpoint_every=1, **SMALL),
+            output_dir=tmp_path / "run",
+            alarm=AlarmConfig(action=action, calibration=path, reference_prompts=2),
+        )
+
+    def dies(*_: Any) -> dict[str, float]:
+        raise KilledError
+
+    learn = policy_module._learn
+    monkeypatch.setattr(policy_module, "_learn", lambda *a: dies() if a[-1] == 3 else learn(*a))
+    with pytest.raises(KilledError):
+        run("warn")
+    with pytest.raises(DataError, match="another calibration of its alarm"):
+        run("warn", threshold=2e9)
+    with pytest.raises(DataError, match="another action of its alarm"):
+        run("stop")
+    monkeypatch.setattr(policy_module, "_learn", learn)
+    run("warn")
+    assert len(metrics_of(tmp_path / "run")) == 4
+
+
+def test_an_alarm_without_a_calibration_says_that_it_guesses(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def said(action: Any) -> int:
+        caplog.clear()
+        train_policy(
+            new_policy(),
+            ensemble(),
+            tiny_texts(4),
+            PolicyConfig(steps=1, **SMALL),
+            alarm=AlarmConfig(action=action, reference_prompts=2),
+        )
+        return sum("takes a guess" in r.message for r in caplog.records)
+
+    assert [said(action) for action in ("log", "warn", "stop")] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("action", ["log", "warn", "stop"])
+def test_signals_that_are_not_finite_are_told_once_and_stop_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, action: Any
+) -> None:
+    rules = {"weights": {"gain": 1.0}, "threshold": 1e9, "window": 2}
+    train_policy(
+        new_policy(),
+        lambda prompts, completions: [float(len(c)) for c in completions],
+        tiny_texts(6),
+        PolicyConfig(steps=3, **SMALL),
+        output_dir=tmp_path / "run",
+        alarm=AlarmConfig(
+            action=action, calibration=saved(tmp_path / "a.json", **rules), reference_prompts=2
+        ),
+        monitor=lambda prompts, completions: [math.nan] * len(completions),
+    )
+    rows = metrics_of(tmp_path / "run")
+    assert len(rows) == 3
+    assert all(math.isnan(row["alarm/gain"]) for row in rows)
+    assert not any("alarm/score" in row for row in rows)
+    assert sum("Not finite in step 1" in r.message for r in caplog.records) == 1
+    assert sum("Not finite" in r.message for r in caplog.records) == 1
+
+
+def test_an_energy_loss_is_left_out_where_layers_cannot_be_told_and_errors_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(folder: str) -> list[dict[str, float]]:
+        train_policy(
+            new_policy(),
+            ensemble(),
+            tiny_texts(4),
+            PolicyConfig(steps=2, **SMALL),
+            output_dir=tmp_path / folder,
+            alarm=AlarmConfig(action="log", reference_prompts=2),
+        )
+        return metrics_of(tmp_path / folder)
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise ValueError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(policy_module, "layer_list", refuses)
+        assert all("alarm/energy_loss" not in row and "alarm/kl" in row for row in run("a"))
+    assert sum("energy loss is unknown" in r.message for r in caplog.records) == 1
+    monkeypatch.setattr(policy_module, "energy_losses", refuses)
+    with pytest.raises(ValueError, match="no"):
+        run("b")
 
 
 def test_an_adapter_is_put_back_and_the_reference_is_the_adapter_off(tmp_path: Path) -> None:

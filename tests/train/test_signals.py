@@ -7,7 +7,7 @@ import torch
 
 from trueward.data.packing import Group
 from trueward.evaluate.shift import energy_test, last_states
-from trueward.models.backbone import make_batch
+from trueward.models.backbone import layer_list, make_batch
 from trueward.models.policy import Policy, energy_losses
 from trueward.models.reward_model import RewardModel
 from trueward.posterior import RewardPosterior
@@ -106,7 +106,8 @@ def test_energy_loss_is_what_the_last_layer_takes_from_the_l1_norm() -> None:
     prompt, first, second = [5, 6, 7], [8, 9, 10, 2], [11, 2]
     batch = make_batch(policy.backbone, [Group(prompt, [first, second])], pad_id=0)
     before = len(policy.backbone.layers[-1]._forward_hooks)
-    found = energy_losses(policy, batch)
+    last_layer = layer_list(policy.backbone)[-1]
+    found = energy_losses(policy, batch, last_layer=last_layer)
     assert len(policy.backbone.layers[-1]._forward_hooks) == before  # none is left behind
     for completion, value in zip((first, second), found, strict=True):
         ids = torch.tensor([prompt + completion])
@@ -153,8 +154,9 @@ def test_completions_without_a_finite_reward_are_left_out() -> None:
     assert found["spread"] == pytest.approx(spread(finite))
     assert found["gain"] == pytest.approx(gain(finite, REFERENCE))
     assert found["disagreement"] == disagreement(means[None, :2])
-    with pytest.raises(ValueError, match="no completion a finite reward"):
-        signals_of(Seen(RewardPosterior(means[2:3]), None), Seen(REFERENCE, None), samples=1)
+    none = signals_of(Seen(RewardPosterior(means[2:3]), None), Seen(REFERENCE, None), samples=1)
+    assert list(none) == [name for name in found if name != "disagreement"]
+    assert all(math.isnan(value) for value in none.values())
 
 
 def test_a_monitor_reads_states_of_its_first_model_and_spares_a_known_posterior() -> None:

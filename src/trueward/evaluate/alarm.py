@@ -3,28 +3,40 @@
 The gold of a run is smoothed over neighbouring evaluations, and read between them along straight
 lines. Its highest point is the true peak, where an oracle would stop; a run whose gold does not
 fall below it by more than `FALL` has no peak but its end, and nothing to be alarmed about.
+
+A rule says when: an alarm's calibration, of which a KL budget is one (unit `raw`), or a number of
+steps. It is chosen for one of two aims: to `warn` at the peak, or to `stop` with the most gold.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trueward.evaluate.comparison import Estimate, estimate_of
-from trueward.train.alarm import SIGNALS, Calibration
+from trueward.train.alarm import SIGNALS, Calibration, Unit
 
 FALL = 0.25  # in gold's unit, stds of the reference policy's answers
 NEAR = 0.2  # an alarm this share of the peak's place from it is at the peak
+NEAR_GOLD = (
+    0.15  # an alarm about a policy whose gold is this close to the peak's is near it in gold
+)
 EITHER_WAY = ("length", "logprob", "energy_loss")  # may go wrong upwards or downwards
-THRESHOLDS = 24  # that are tried, at even quantiles of the scores
+UNITS: tuple[Unit, ...] = ("window", "floor", "differences")
+THRESHOLDS = 101  # that are tried, at even quantiles of the scores
 PATIENCES = (1, 2, 3)
 REWINDS = (1.0, 0.75, 0.5)
 SLACKS = (None, 1.0)
+_TIE = 1e-6  # of a unit of gold in a share of hits: less than one hit among any number of runs here
+
+Aim = Literal["warn", "stop"]
+Rule = Calibration | int  # an alarm, or the number of steps after which to stop
+Timing = Literal["early", "hit", "late", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,8 @@ class WatchedRun:
     signals: Mapping[str, Sequence[float]]
     places: Sequence[int]  # of the evaluations, the first 0 and the last `steps`
     gold: Sequence[float]
+    # Gold of the first answer to each prompt and of the others, by place; none: not known apart.
+    halves: Sequence[tuple[float, float]] = ()
 
     def __post_init__(self) -> None:
         if len(self.places) != len(self.gold) or len(self.places) < 2:
@@ -53,6 +67,8 @@ class WatchedRun:
         if self.places[0] != 0 or sorted(set(self.places)) != list(self.places):
             raise ValueError(f"{self._name} must have its places in order, from 0 on.")
         lengths = {name: len(values) for name, values in self.signals.items()}
+        if any(not math.isfinite(v) for values in self.signals.values() for v in values):
+            raise ValueError(f"{self._name} has a signal that is not finite at every step.")
         if any(length != self.steps for length in lengths.values()):
             raise ValueError(
                 f"{self._name} has {self.steps} steps and must have as many values of each signal, "
@@ -107,7 +123,33 @@ def true_peak(run: WatchedRun) -> Peak:
     return Peak(run.places[values.index(best)] if falls else run.steps, best, falls)
 
 
-# ---- rules that stop ---------------------------------------------------------------------------
+class Agreement(NamedTuple):
+    """How well the peak of one half of a run's answers is hit by that of the other; 0 to 1."""
+
+    place: float
+    gold: float
+
+
+def halves_agree(run: WatchedRun) -> Agreement:
+    """Return what an alarm would hit that knows gold, but from half of the answers.
+
+    Judged by the other half, by `NEAR` and `NEAR_GOLD`, the mean of both ways around: a bound, and
+    as the true peak is of both halves a low one, on what any alarm can hit.
+    """
+    halves = [smoothed(half) for half in zip(*run.halves, strict=True)]
+    place, gold = 0.0, 0.0
+    for known, other in (halves, halves[::-1]):
+        at, peak = known.index(max(known)), other.index(max(other))
+        place += _near(run.places[at], run.places[peak]) / 2
+        gold += (max(other) - other[at] <= NEAR_GOLD) / 2
+    return Agreement(place, gold)
+
+
+def _near(place: int, peak: int) -> bool:
+    return abs(place - peak) <= NEAR * peak
+
+
+# ---- rules -----------------------------------------------------------------------------------
 
 
 def score_series(
@@ -116,131 +158,134 @@ def score_series(
     """What `train.alarm.Alarm.update` returns step after step; minus infinity in its window."""
     window, total = calibration.window, torch.zeros(0)
     for name, weight in calibration.weights.items():
-        z = _standardised(
-            torch.tensor(signals[name], dtype=torch.float64)[None],
-            window,
-            calibration.floors.get(name, 0.0),
-        )[0]
+        values = torch.tensor(signals[name], dtype=torch.float64)[None]
+        floor = calibration.floors.get(name, 0.0)
+        z = _standardised(values, window, calibration.unit, floor)[0]
         total = weight * z + (total if len(total) else 0.0)
     return _accumulated(total[None], window, calibration.slack)[0]
 
 
-def alarm_step(run: WatchedRun, calibration: Calibration) -> int | None:
-    """Return the step, from 1 on, in which the alarm is raised; None if it never is."""
-    scores = score_series(run.signals, calibration)
-    crossed = _crossings(scores[None], calibration.patience, torch.tensor([calibration.threshold]))
+def raised_step(run: WatchedRun, rule: Rule) -> int | None:
+    """Return the step, from 1 on, in which a rule tells to stop; None if it never does."""
+    if isinstance(rule, int):
+        return rule + 1 if rule < run.steps else None
+    scores = score_series(run.signals, rule)
+    crossed = _crossings(
+        scores[None], rule.patience, torch.tensor([rule.threshold], dtype=torch.float64)
+    )
     index = int(crossed[0, 0])
     return index + 1 if index < run.steps else None
 
 
-def alarm_place(run: WatchedRun, calibration: Calibration) -> int:
-    """Return the place of the policy that an alarm which stops leaves behind."""
-    step = alarm_step(run, calibration)
-    return run.steps if step is None else math.floor(calibration.rewind * (step - 1))
-
-
-def budget_place(run: WatchedRun, budget: float) -> int:
-    """Return the last place before the KL of a step's completions first exceeds a budget."""
-    over = [p for p, kl in enumerate(run.signals["kl"]) if kl > budget]
-    return max(0, over[0] - 1) if over else run.steps
+def kept_place(run: WatchedRun, rule: Rule) -> int:
+    """Return the place of the policy that a rule which stops leaves behind."""
+    step, rewind = raised_step(run, rule), 1.0 if isinstance(rule, int) else rule.rewind
+    return run.steps if step is None else math.floor(rewind * (step - 1))
 
 
 # ---- calibration -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrated:
-    """What the search chose on its runs, and how the rivals of the alarm were set there."""
+class Found:
+    """The rule that a search chose, and what it is worth on the search's runs."""
 
-    alarm: Calibration
-    gold: float  # at the alarm's stop: the mean over worlds of the mean over learned rewards' runs
+    rule: Rule
+    worth: float  # stop: gold kept; warn: the share of hits, and a millionth of the gold kept
     false_alarms: float  # share of the runs with gold as reward in which it is raised
-    kl_budget: float  # that keeps the most gold there
-    budget_gold: float
-    fixed_steps: int  # that keep the most gold there
-    fixed_gold: float
-    candidates: int  # alarms that were tried
+    candidates: int  # rules that were tried
 
 
 def calibrate(
     runs: Sequence[WatchedRun],
     *,
+    aim: Aim = "stop",
     signals: Sequence[str] = SIGNALS,
+    units: Sequence[Unit] = UNITS,
     window: int = 5,
     max_false_alarms: float = 0.1,
-) -> Calibrated:
-    """Choose the alarm that keeps the most gold, among those that seldom cry wolf.
+) -> Found:
+    """Choose the alarm that serves an aim best, among those that seldom cry wolf.
 
-    The criterion is gold at the stop, in the mean over the runs of learned rewards (each world
-    counts the same), subject to at most `max_false_alarms` of the runs with gold as reward being
-    stopped. The search is exhaustive: each signal alone and each sum of two (those of
-    `EITHER_WAY` with both signs), as they are or as a CUSUM, at `THRESHOLDS` quantiles of the
-    scores, with the `PATIENCES` and `REWINDS`. Of equals the first, simplest one is taken.
+    To `stop`, that is gold at the stop, in the mean over the runs of learned rewards (each world
+    counts the same). To `warn`, it is the share of those whose gold falls in which the alarm is
+    raised at the peak, by `NEAR`; of equals, gold at its moment. Either is subject to at most
+    `max_false_alarms` of the runs with gold as reward being alarmed: of fewer than ten runs, a
+    tenth is none.
 
-    The rivals are set on the same runs to the same criterion, without the bound: a KL budget at
-    one of a hundred quantiles of the steps' KL, and a number of steps.
+    The search is exhaustive: each signal alone and each sum of two (those of `EITHER_WAY` with both
+    signs), in each unit, as they are or as a CUSUM, at `THRESHOLDS` quantiles of the scores, with
+    the `PATIENCES` and, to stop, the `REWINDS`. Of equals the first, simplest one is taken. A KL
+    budget is what it finds with the signal `kl` and the unit `raw`, which knows neither window nor
+    CUSUM.
 
     Args:
         runs: With a known gold; one at least whose reward is learned.
+        aim: What the alarm is for.
         signals: That may be used, where all runs have them.
+        units: That may be used.
         window: Steps that signals are counted from.
-        max_false_alarms: Share of the runs with gold as reward.
+        max_false_alarms: Share of the runs with gold as reward; 1 for no bound.
 
     Raises:
         ValueError: No run of a learned reward, no common signal, or no alarm within the bound.
     """
-    learned = [run for run in runs if not run.gold_is_reward]
     usable = [s for s in signals if all(s in run.signals for run in runs)]
-    if not learned or not usable:
-        raise ValueError(
-            "a calibration needs runs of learned rewards that have a signal in common, got "
-            f"{len(learned)} of {len(runs)} runs and the signals {usable}."
-        )
-    table = _Table(runs, window=window)
-    best, best_gold, best_false, tried = None, -math.inf, 0.0, 0
-    floors = {name: table.floor(name) for name in usable}
-    z = {name: table.standardised(name, floors[name]) for name in usable}
-    for weights in _weightings(usable):
-        level = sum((w * z[name] for name, w in weights.items()), torch.zeros(()))
-        for slack in SLACKS:
-            scores = _accumulated(level, window, slack)
-            thresholds = _thresholds(scores, table.valid(window))
+    if not usable:
+        raise ValueError(f"a calibration needs runs with a signal in common, none has {signals}.")
+    table = _Table(runs)
+    best: Calibration | None = None
+    most, false_alarms, tried = -math.inf, 0.0, 0
+    starts = {unit: 0 if unit == "raw" else window for unit in units}
+    floors = {(n, u): table.floor(n, starts[u], u) for n in usable for u in units}
+    z = {(n, u): table.standardised(n, starts[u], u, floors[n, u]) for n in usable for u in units}
+    for weights, unit in itertools.product(_weightings(usable), units):
+        level = sum((w * z[name, unit] for name, w in weights.items()), torch.zeros(()))
+        for slack in SLACKS if unit != "raw" else (None,):
+            scores = _accumulated(level, starts[unit], slack)
+            thresholds = _thresholds(scores, table.valid(starts[unit]))
             for patience in PATIENCES:
                 crossed = _crossings(scores, patience, thresholds)
                 false = table.false_alarms(crossed)
-                for rewind in REWINDS:
+                for rewind in REWINDS if aim == "stop" else (1.0,):
                     tried += len(thresholds)
-                    gold = table.mean_gold(table.rewound(crossed, rewind))
-                    gold = torch.where(false <= max_false_alarms, gold, -math.inf)
-                    at = int(gold.argmax())
-                    if float(gold[at]) > best_gold + 1e-12:
-                        best_gold, best_false = float(gold[at]), float(false[at])
-                        best = Calibration(
-                            weights=weights,
-                            threshold=float(thresholds[at]),
-                            floors={name: floors[name] for name in weights},
-                            window=window,
-                            patience=patience,
-                            slack=slack,
-                            rewind=rewind,
-                        )
+                    worth = table.worth(crossed, aim, rewind)
+                    worth = torch.where(false <= max_false_alarms, worth, -math.inf)
+                    at = int(worth.argmax())
+                    if float(worth[at]) <= most + 1e-12:
+                        continue
+                    most, false_alarms = float(worth[at]), float(false[at])
+                    best = Calibration(
+                        weights=weights,
+                        threshold=float(thresholds[at]),
+                        unit=unit,
+                        floors={} if unit == "raw" else {n: floors[n, unit] for n in weights},
+                        window=starts[unit],
+                        patience=patience,
+                        slack=slack,
+                        rewind=rewind,
+                    )
     if best is None:
         raise ValueError(
             f"no alarm was raised in at most {max_false_alarms:g} of the runs with gold as reward: "
             "allow more."
         )
-    budget, budget_gold = table.best_budget()
-    steps, fixed_gold = table.best_steps()
-    return Calibrated(
-        alarm=best,
-        gold=best_gold,
-        false_alarms=best_false,
-        kl_budget=budget,
-        budget_gold=budget_gold,
-        fixed_steps=steps,
-        fixed_gold=fixed_gold,
-        candidates=tried,
-    )
+    return Found(rule=best, worth=most, false_alarms=false_alarms, candidates=tried)
+
+
+def calibrate_steps(runs: Sequence[WatchedRun], *, aim: Aim = "stop") -> Found:
+    """Choose the number of steps that serves an aim best, without a bound on false alarms.
+
+    Raises:
+        ValueError: See `calibrate`.
+    """
+    table = _Table(runs)
+    steps = torch.arange(int(table.steps.max()) + 1)[None].expand(len(runs), -1)
+    crossed = torch.minimum(steps, table.steps[:, None])
+    worth = table.worth(crossed, aim, 1.0)
+    at = int(worth.argmax())
+    false = float(table.false_alarms(crossed)[at])
+    return Found(rule=at, worth=float(worth[at]), false_alarms=false, candidates=steps.shape[1])
 
 
 def _weightings(usable: Sequence[str]) -> list[dict[str, float]]:
@@ -258,17 +303,21 @@ class _Table:
     A run that is stopped in its padding is one that is not: gold there is that of its end.
     """
 
-    def __init__(self, runs: Sequence[WatchedRun], *, window: int) -> None:
-        self.runs, self.window = runs, window
+    def __init__(self, runs: Sequence[WatchedRun]) -> None:
+        learned = torch.tensor([not run.gold_is_reward for run in runs], dtype=torch.bool)
+        if not learned.any():
+            raise ValueError(
+                f"a calibration needs runs of learned rewards, got {len(runs)} others."
+            )
+        self.runs = runs
         self.steps = torch.tensor([run.steps for run in runs])
         longest = int(self.steps.max())
-        if int(self.steps.min()) <= window:
-            raise ValueError(f"every run needs more than {window} steps, the alarm's window.")
         self.gold = torch.stack([_padded(gold_by_place(run), longest + 1) for run in runs])
-        learned = torch.tensor([not run.gold_is_reward for run in runs])
-        worlds = {run.world: i for i, run in enumerate(runs)}
+        peaks = [true_peak(run) for run in runs]
+        self.peaks = torch.tensor([peak.place for peak in peaks])
+        self.falls = learned & torch.tensor([peak.falls for peak in peaks])
         self.weights = torch.zeros(len(runs), dtype=torch.float64)
-        for world in worlds:
+        for world in {run.world for run in runs}:
             own = learned & torch.tensor([run.world == world for run in runs])
             self.weights[own] = 1 / max(1, int(own.sum()))
         self.weights /= self.weights.sum()
@@ -279,13 +328,19 @@ class _Table:
         rows = [torch.tensor(run.signals[name], dtype=torch.float64) for run in self.runs]
         return torch.stack([_padded(row, longest) for row in rows])
 
-    def floor(self, name: str) -> float:
-        """Root mean square over runs of the standard deviation within the window."""
-        first = self.series(name)[:, : self.window]
-        return max(float(first.var(1).mean().sqrt()), 1e-9)
+    def floor(self, name: str, window: int, unit: Unit) -> float:
+        """Root mean square over runs of what a run's first values give; 1 in the unit `raw`."""
+        if unit == "raw":
+            return 1.0
+        if int(self.steps.min()) <= window:
+            raise ValueError(f"every run needs more than {window} steps, the alarm's window.")
+        first = self.series(name)[:, :window]
+        return max(float(_variance(first, unit).mean().sqrt()), 1e-9)
 
-    def standardised(self, name: str, floor: float) -> Float[Tensor, "run step"]:
-        return _standardised(self.series(name), self.window, floor)
+    def standardised(
+        self, name: str, window: int, unit: Unit, floor: float
+    ) -> Float[Tensor, "run step"]:
+        return _standardised(self.series(name), window, unit, floor)
 
     def valid(self, window: int) -> Tensor:
         """Tell which steps a run has, its window left out."""
@@ -296,42 +351,47 @@ class _Table:
         back = (crossed.double() * rewind).floor().long()
         return torch.where(crossed < self.steps[:, None], back, crossed)
 
-    def mean_gold(self, places: Int[Tensor, "run rule"]) -> Float[Tensor, " rule"]:
-        return (self.gold.gather(1, places) * self.weights[:, None]).sum(0)
+    def worth(self, crossed: Int[Tensor, "run rule"], aim: Aim, rewind: float) -> Tensor:
+        """Return what rules are worth that are raised at these places, [rule]."""
+        kept = self.rewound(crossed, rewind)
+        gold = (self.gold.gather(1, kept) * self.weights[:, None]).sum(0)
+        if aim == "stop":
+            return gold
+        if not self.falls.any():
+            raise ValueError(
+                "an alarm that warns is calibrated on runs whose gold falls, got none."
+            )
+        near = (crossed - self.peaks[:, None]).abs() <= NEAR * self.peaks[:, None]
+        hits = (near & (crossed < self.steps[:, None]))[self.falls].double().mean(0)
+        return hits + _TIE * gold
 
     def false_alarms(self, crossed: Int[Tensor, "run rule"]) -> Float[Tensor, " rule"]:
         raised = (crossed < self.steps[:, None])[self.controls].double()
         return raised.mean(0) if len(raised) else torch.zeros(crossed.shape[1]).double()
-
-    def best_budget(self) -> tuple[float, float]:
-        if any("kl" not in run.signals for run in self.runs):
-            return math.inf, math.nan
-        kl = self.series("kl")[self.valid(0)]
-        budgets = [*kl.quantile(torch.linspace(0, 1, 101, dtype=kl.dtype)).tolist(), math.inf]
-        places = torch.tensor([[budget_place(run, b) for b in budgets] for run in self.runs])
-        gold = self.mean_gold(places)
-        at = int(gold.argmax())
-        return budgets[at], float(gold[at])
-
-    def best_steps(self) -> tuple[int, float]:
-        steps = torch.arange(int(self.steps.max()) + 1)[None].expand(len(self.runs), -1)
-        gold = self.mean_gold(torch.minimum(steps, self.steps[:, None]))
-        at = int(gold.argmax())
-        return at, float(gold[at])
 
 
 def _padded(values: Tensor, length: int) -> Tensor:
     return torch.cat([values, values[-1:].expand(length - len(values))])
 
 
+def _variance(first: Float[Tensor, "run step"], unit: Unit) -> Float[Tensor, " run"]:
+    if unit == "differences":
+        return first.diff(dim=1).square().mean(1) / 2
+    return first.var(1)
+
+
 def _standardised(
-    values: Float[Tensor, "run step"], window: int, floor: float
+    values: Float[Tensor, "run step"], window: int, unit: Unit, floor: float
 ) -> Float[Tensor, "run step"]:
     """`train.alarm.standardised` of whole runs."""
+    if unit == "raw":
+        return values
     first = values[:, :window]
     mean = first.mean(1, keepdim=True)
-    least = torch.maximum(1e-6 * mean.abs(), torch.tensor(max(floor, 1e-12)).double())
-    return (values - mean) / torch.maximum(first.std(1, keepdim=True), least)
+    least = (1e-6 * mean.abs()).clamp_min(max(floor, 1e-12))
+    if unit == "floor":
+        return (values - mean) / least
+    return (values - mean) / torch.maximum(_variance(first, unit).sqrt()[:, None], least)
 
 
 def _accumulated(
@@ -376,7 +436,7 @@ def _thresholds(scores: Tensor, valid: Tensor) -> Float[Tensor, " rule"]:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A row of the alarm's table: one run, and where each rule would have stopped it."""
+    """What a rule makes of a run."""
 
     world: str
     method: str
@@ -385,40 +445,41 @@ class Outcome:
     falls: bool
     peak: int  # place
     raised_at: int | None  # step
-    kept: int  # place of the policy that the alarm leaves behind
+    kept: int  # place of the policy that the rule leaves behind
     gold_start: float
-    gold_alarm: float
-    gold_none: float  # without an alarm
+    gold_raised: float  # of the policy that the alarm is about; never raised: of the last
+    gold_kept: float
+    gold_none: float  # of the last
     gold_oracle: float
-    gold_budget: float
-    gold_fixed: float
-    budget: int  # place where the KL budget stops
 
     @property
-    def at_peak(self) -> bool:
-        """Whether the alarm is about a policy near the true peak, by `NEAR`."""
-        return self.raised_at is not None and self._near(self.raised_at - 1)
+    def timing(self) -> Timing | None:
+        """When the alarm is raised, by `NEAR`; None where gold does not fall."""
+        if not self.falls:
+            return None
+        if self.raised_at is None:
+            return "never"
+        if _near(self.raised_at - 1, self.peak):
+            return "hit"
+        return "early" if self.raised_at - 1 < self.peak else "late"
 
     @property
-    def kept_at_peak(self) -> bool:
-        """Whether the policy that the alarm leaves behind is near the true peak, by `NEAR`."""
-        return self.raised_at is not None and self._near(self.kept)
-
-    def _near(self, place: int) -> bool:
-        return self.falls and abs(place - self.peak) <= NEAR * self.peak
+    def near_in_gold(self) -> bool:
+        """Whether the alarm is about a policy whose gold is near the peak's, by `NEAR_GOLD`."""
+        raised = self.falls and self.raised_at is not None
+        return raised and self.gold_oracle - self.gold_raised <= NEAR_GOLD
 
     @property
-    def gold_kept(self) -> float:
-        """Gain at the alarm's stop over the oracle's gain; NaN where the oracle gains nothing."""
+    def gain_kept(self) -> float:
+        """Gain at the rule's stop over the oracle's gain; NaN where the oracle gains nothing."""
         gain = self.gold_oracle - self.gold_start
-        return (self.gold_alarm - self.gold_start) / gain if gain > 0 else math.nan
+        return (self.gold_kept - self.gold_start) / gain if gain > 0 else math.nan
 
 
-def judge(run: WatchedRun, found: Calibrated) -> Outcome:
-    """Return what an alarm and its rivals make of a run."""
+def judge(run: WatchedRun, rule: Rule) -> Outcome:
+    """Return what a rule makes of a run."""
     gold, peak = gold_by_place(run).tolist(), true_peak(run)
-    kept = alarm_place(run, found.alarm)
-    budget = budget_place(run, found.kl_budget) if "kl" in run.signals else run.steps
+    step, kept = raised_step(run, rule), kept_place(run, rule)
     return Outcome(
         world=run.world,
         method=run.method,
@@ -426,80 +487,82 @@ def judge(run: WatchedRun, found: Calibrated) -> Outcome:
         gold_is_reward=run.gold_is_reward,
         falls=peak.falls,
         peak=peak.place,
-        raised_at=alarm_step(run, found.alarm),
+        raised_at=step,
         kept=kept,
         gold_start=gold[0],
-        gold_alarm=gold[kept],
+        gold_raised=gold[run.steps if step is None else step - 1],
+        gold_kept=gold[kept],
         gold_none=gold[-1],
         gold_oracle=peak.gold,
-        gold_budget=gold[budget],
-        gold_fixed=gold[min(found.fixed_steps, run.steps)],
-        budget=budget,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlarmSummary:
-    """Outcomes of one world and method, or of any others, over seeds; intervals are Student's."""
+    """Outcomes of one world and method, or of any others; estimates are over seeds."""
 
     runs: int
     falling: int  # whose gold falls
-    raised: int  # of the falling ones
-    at_peak: int  # of the falling ones
-    kept_at_peak: int  # of the falling ones
-    early: int  # of the falling ones: raised before the peak, and not at it
+    timings: Mapping[Timing, int]  # of the falling ones
+    near_in_gold: int  # of the falling ones
     false: int  # raised where gold does not fall
-    gold_start: Estimate
-    gold_alarm: Estimate
+    hit_share: Estimate
+    near_share: Estimate
+    false_share: Estimate
+    gold_kept: Estimate
     gold_none: Estimate
     gold_oracle: Estimate
-    gold_budget: Estimate
-    gold_fixed: Estimate
-    less_none: Estimate  # gold at the alarm's stop less that without one, paired
-    less_budget: Estimate
-    less_fixed: Estimate
+    less_none: Estimate  # gold at the rule's stop less that without one, paired
     less_oracle: Estimate
-    gold_kept: float  # mean gain at the alarm's stop over the oracle's mean gain
+    gain_kept: float  # mean gain at the rule's stop over the oracle's mean gain
 
 
 def summarise_outcomes(outcomes: Sequence[Outcome]) -> AlarmSummary:
-    """Return the row of some outcomes.
-
-    A seed's runs (of several methods) are not independent: each seed counts once, by the mean of
-    its runs. Seeds of different worlds are different seeds.
-    """
-    falling = [o for o in outcomes if o.falls]
-    start, alarm, oracle = (
-        _over_seeds(outcomes, key) for key in ("gold_start", "gold_alarm", "gold_oracle")
-    )
+    """Return the row of some outcomes of a rule."""
+    falling, calm = [o for o in outcomes if o.falls], [o for o in outcomes if not o.falls]
+    timings: dict[Timing, int] = dict.fromkeys(("early", "hit", "late", "never"), 0)
+    for o in falling:
+        assert o.timing is not None
+        timings[o.timing] += 1
+    kept = over_seeds(outcomes, lambda o: o.gold_kept)
+    start = over_seeds(outcomes, lambda o: o.gold_start)
+    oracle = over_seeds(outcomes, lambda o: o.gold_oracle)
     gain = oracle.mean - start.mean
     return AlarmSummary(
         runs=len(outcomes),
         falling=len(falling),
-        raised=sum(o.raised_at is not None for o in falling),
-        at_peak=sum(o.at_peak for o in falling),
-        kept_at_peak=sum(o.kept_at_peak for o in falling),
-        early=sum(
-            o.raised_at is not None and not o.at_peak and o.raised_at - 1 < o.peak for o in falling
-        ),
-        false=sum(o.raised_at is not None and not o.falls for o in outcomes),
-        gold_start=start,
-        gold_alarm=alarm,
-        gold_none=_over_seeds(outcomes, "gold_none"),
+        timings=timings,
+        near_in_gold=sum(o.near_in_gold for o in falling),
+        false=sum(o.raised_at is not None for o in calm),
+        hit_share=over_seeds(falling, lambda o: o.timing == "hit"),
+        near_share=over_seeds(falling, lambda o: o.near_in_gold),
+        false_share=over_seeds(calm, lambda o: o.raised_at is not None),
+        gold_kept=kept,
+        gold_none=over_seeds(outcomes, lambda o: o.gold_none),
         gold_oracle=oracle,
-        gold_budget=_over_seeds(outcomes, "gold_budget"),
-        gold_fixed=_over_seeds(outcomes, "gold_fixed"),
-        less_none=_over_seeds(outcomes, "gold_alarm", "gold_none"),
-        less_budget=_over_seeds(outcomes, "gold_alarm", "gold_budget"),
-        less_fixed=_over_seeds(outcomes, "gold_alarm", "gold_fixed"),
-        less_oracle=_over_seeds(outcomes, "gold_alarm", "gold_oracle"),
-        gold_kept=(alarm.mean - start.mean) / gain if gain > 0 else math.nan,
+        less_none=over_seeds(outcomes, lambda o: o.gold_kept - o.gold_none),
+        less_oracle=over_seeds(outcomes, lambda o: o.gold_kept - o.gold_oracle),
+        gain_kept=(kept.mean - start.mean) / gain if gain > 0 else math.nan,
     )
 
 
-def _over_seeds(outcomes: Sequence[Outcome], key: str, less: str = "") -> Estimate:
+def less(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Estimate:
+    """Return gold at one rule's stop less that at another's, on the runs of both."""
+    other = {(o.world, o.method, o.seed): o.gold_kept for o in theirs}
+    both = [o for o in ours if (o.world, o.method, o.seed) in other]
+    return over_seeds(both, lambda o: o.gold_kept - other[o.world, o.method, o.seed])
+
+
+R = TypeVar("R", Outcome, WatchedRun)
+
+
+def over_seeds(rows: Sequence[R], value: Callable[[R], float]) -> Estimate:
+    """Return the mean of a number of runs, or of a share, with Student's interval over seeds.
+
+    A seed's runs (of several methods) are not independent: each seed counts once, by the mean of
+    its runs. Seeds of different worlds are different seeds.
+    """
     seeds: dict[tuple[str, int], list[float]] = {}
-    for o in outcomes:
-        value = getattr(o, key) - (getattr(o, less) if less else 0.0)
-        seeds.setdefault((o.world, o.seed), []).append(value)
+    for row in rows:
+        seeds.setdefault((row.world, row.seed), []).append(float(value(row)))
     return estimate_of([sum(values) / len(values) for values in seeds.values()])

@@ -1,4 +1,4 @@
-"""`trueward alarm`: an alarm calibrated on stored runs of some worlds and seeds, judged on others.
+"""`trueward alarm`: alarms calibrated on stored runs of some worlds and seeds, judged on others.
 
 The runs are made by `trueward compare` with a `monitor`: the signals of every step stand in the
 metrics of each cell, gold in its evaluations. What is left is arithmetic on files.
@@ -6,6 +6,7 @@ metrics of each cell, gold in its evaluations. What is left is arithmetic on fil
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,11 +15,21 @@ from typing import Any
 import yaml
 
 from trueward.data.sources import DataError
-from trueward.evaluate.alarm import Calibrated, Outcome, WatchedRun, calibrate, judge
+from trueward.evaluate.alarm import (
+    Aim,
+    Found,
+    Outcome,
+    WatchedRun,
+    calibrate,
+    calibrate_steps,
+    judge,
+    summarise_outcomes,
+)
+from trueward.lab.cells import read_evaluation
 from trueward.lab.exact_path import ExactPaths, exact_runs
 from trueward.lab.methods import TRAINED
-from trueward.report.alarm import alarm_report
-from trueward.train.alarm import PREFIX, SIGNALS
+from trueward.report.alarm import ALARM, ALONE, BUDGET, FIXED, Judged, alarm_report
+from trueward.train.alarm import PREFIX, SIGNALS, Calibration
 from trueward.train.run_folder import RunFolder, environment, finished_summary, to_plain
 
 logger = logging.getLogger(__name__)
@@ -29,7 +40,8 @@ class WatchedWorld:
     """A comparison whose policies were watched."""
 
     folder: str = ""  # its output_dir
-    calibration_seeds: list[int] = field(default_factory=list)  # the alarm is judged on all others
+    # The alarm is judged on all others that are there.
+    calibration_seeds: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +70,10 @@ class AlarmStudyConfig:
 
 
 def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
-    """Calibrate, judge, and write `alarm.json`, `table.md`, `runs.md`, `outcomes.json`, a page.
+    """Calibrate, judge, and write `warn.json`, `stop.json`, tables, `outcomes.json`, a page.
 
-    A world that lacks a signal which the calibration chose is judged by an alarm of its own, from
-    the same runs and the signals that it has (`alarm_WORLD.json`).
+    A world that lacks a signal which a chosen rule reads is judged by rules of its own, from the
+    same runs and the signals that it has (`warn_WORLD.json`, `stop_WORLD.json`).
 
     Raises:
         DataError: A folder holds no watched runs, or no seeds are left for one of the two parts.
@@ -87,41 +99,85 @@ def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
     out = Path(config.output_dir)
     # Nothing is kept from before: the same folder may be written with other options.
     folder = RunFolder(out, command="alarm", config=config, free=[f.name for f in fields(config)])
-    found = _calibrated(config, chosen, config.signals)
-    found.alarm.save(out / "alarm.json")
-    by_world = dict.fromkeys(runs, found)
+    rules = _rules(config, chosen, config.signals)
+    by_world = dict.fromkeys(runs, rules)
     for name, some in runs.items():
-        if any(set(found.alarm.weights) - set(run.signals) for run in some):
-            usable = [s for s in config.signals if all(s in run.signals for run in some)]
-            by_world[name] = _calibrated(config, chosen, usable)
-            by_world[name].alarm.save(out / f"alarm_{name}.json")
-    judged = [judge(run, by_world[run.world]) for run in others]
+        known = set.intersection(*(set(run.signals) for run in some))
+        read = {
+            signal
+            for found in (*rules["warn"].values(), *rules["stop"].values())
+            if isinstance(found.rule, Calibration)
+            for signal in found.rule.weights
+        }
+        if read - known:
+            by_world[name] = _rules(config, chosen, [s for s in config.signals if s in known])
+    apart = {f"_{name}": own for name, own in by_world.items() if own is not rules}
+    for name, own in ({"": rules} | apart).items():
+        for aim, found in own.items():
+            alarm = found[ALARM].rule
+            assert isinstance(alarm, Calibration)
+            alarm.save(out / f"{aim}{name}.json")
+    judged = _judged(others, by_world)
     page = alarm_report(
         out,
         by_world,
+        others,
         judged,
-        calibration=[judge(run, by_world[run.world]) for run in chosen],
-        example=_example(config, others, judged),
+        calibration=_judged(chosen, by_world),
+        max_false_alarms=config.max_false_alarms,
+        apart=_EXACT,
+        example=_example(config, others),
         title=config.title or "An alarm without gold",
         config_text=yaml.safe_dump(to_plain(config), sort_keys=False),
         environment=environment(),
     )
     logger.info("Report: %s", page)
-    return folder.finish(_numbers(found, judged), seed=0)
+    return folder.finish(_numbers(rules, judged), seed=0)
 
 
 _EXACT = "exact"  # the name of the exact world in tables
+# What a rule may read, so that the table tells what the ensemble adds: `None` for all signals.
+_KINDS: dict[str, tuple[str, ...] | None] = {
+    ALARM: None,
+    "alarm, KL alone": ("kl",),
+    "alarm, no ensemble": ("length", "logprob", "energy_loss"),
+    "alarm, members alone": ("spread", "gap", "spread_share", "disagreement", "width"),
+}
+Rules = dict[Aim, dict[str, Found]]
 
 
-def _calibrated(
-    config: AlarmStudyConfig, runs: Sequence[WatchedRun], signals: Sequence[str]
-) -> Calibrated:
+def _rules(config: AlarmStudyConfig, runs: Sequence[WatchedRun], signals: Sequence[str]) -> Rules:
+    """Return the rules for either aim, all chosen on the same runs: the alarm and its rivals."""
+    rules: Rules = {"warn": {}, "stop": {}}
+    bound, window = config.max_false_alarms, config.window
+    common = set.intersection(*(set(run.signals) for run in runs))
     try:
-        return calibrate(
-            runs, signals=signals, window=config.window, max_false_alarms=config.max_false_alarms
-        )
+        for aim, found in rules.items():
+            for kind, some in _KINDS.items():
+                names = [s for s in signals if some is None or s in some]
+                if some is None or common.intersection(names):
+                    found[kind] = calibrate(
+                        runs, aim=aim, signals=names, window=window, max_false_alarms=bound
+                    )
+            if "kl" in common.intersection(signals):
+                for kind, most in ((BUDGET, bound), (f"{BUDGET}, {ALONE}", 1.0)):
+                    found[kind] = calibrate(
+                        runs, aim=aim, signals=["kl"], units=["raw"], max_false_alarms=most
+                    )
+            found[FIXED] = calibrate_steps(runs, aim=aim)
     except ValueError as error:
         raise DataError(f"No alarm can be calibrated: {error}") from error
+    return rules
+
+
+def _judged(runs: Sequence[WatchedRun], by_world: dict[str, Rules]) -> Judged:
+    """Return the outcomes of every rule, by aim and kind; of the runs whose world has the kind."""
+    judged: dict[Aim, dict[str, list[Outcome]]] = {"warn": {}, "stop": {}}
+    for run in runs:
+        for aim, found in by_world[run.world].items():
+            for kind, one in found.items():
+                judged[aim].setdefault(kind, []).append(judge(run, one.rule))
+    return judged
 
 
 def read_runs(world: str, folder: Path) -> list[WatchedRun]:
@@ -139,10 +195,11 @@ def read_runs(world: str, folder: Path) -> list[WatchedRun]:
         ) from error
     there = sorted(cells.name for cells in (folder / "cells").glob("*"))
     order = [name for name in config.get("methods") or {} if name in there]
+    samples = (config.get("language") or {}).get("evaluation_samples", 1)
     found = []
     for name in dict.fromkeys([*order, *there]):  # earlier calls may have had other methods
         cells = sorted((folder / "cells" / name).glob("seed-*"), key=_seed_of)
-        runs = [_read_run(world, name, cell) for cell in cells]
+        runs = [_read_run(world, name, cell, samples=samples) for cell in cells]
         found += [run for run in runs if run is not None]
     if not found:
         raise DataError(
@@ -152,7 +209,7 @@ def read_runs(world: str, folder: Path) -> list[WatchedRun]:
     return found
 
 
-def _read_run(world: str, method: str, cell: Path) -> WatchedRun | None:
+def _read_run(world: str, method: str, cell: Path, *, samples: int) -> WatchedRun | None:
     """Return a cell's run; None where it is not finished, trains no policy or was not watched."""
     if finished_summary(cell) is None:
         return None
@@ -165,44 +222,64 @@ def _read_run(world: str, method: str, cell: Path) -> WatchedRun | None:
     names = [s for s in SIGNALS if all(f"{PREFIX}{s}" in step for step in steps)]
     if not names:
         return None
+    places = [int(point["step"]) for point in points]
     return WatchedRun(
         world=world,
         method=method,
         seed=_seed_of(cell),
         gold_is_reward=made_of["reward"] == "gold",
-        signals={name: [step[f"{PREFIX}{name}"] for step in steps] for name in names},
-        places=[int(point["step"]) for point in points],
+        signals={s: _filled([step[f"{PREFIX}{s}"] for step in steps], s, cell) for s in names},
+        places=places,
         gold=[point["gold"] for point in points],
+        halves=[_halves(cell, place, samples) for place in places] if samples > 1 else [],
     )
+
+
+def _halves(cell: Path, place: int, samples: int) -> tuple[float, float]:
+    """Return gold of the first answer to each prompt, which is stored, and of the others."""
+    stored = read_evaluation(cell, place)
+    first = sum(stored["gold"]) / len(stored["gold"])
+    return first, (samples * stored["point"]["gold"] - first) / (samples - 1)
+
+
+def _filled(values: Sequence[float], name: str, cell: Path) -> list[float]:
+    """Put the value before in the place of one that is not finite; 0 where there is none."""
+    filled, last = [], 0.0
+    for value in values:
+        last = value if math.isfinite(value) else last
+        filled.append(last)
+    if filled != list(values):
+        logger.warning("%s: '%s' is not finite at every step: it is held there.", cell, name)
+    return filled
 
 
 def _seed_of(cell: Path) -> int:
     return int(cell.name.removeprefix("seed-"))
 
 
-def _example(
-    config: AlarmStudyConfig, runs: Sequence[WatchedRun], judged: Sequence[Outcome]
-) -> list[tuple[WatchedRun, Outcome]]:
+def _example(config: AlarmStudyConfig, runs: Sequence[WatchedRun]) -> list[WatchedRun]:
     """Return the runs of the figure: one seed of one world, a gold reward's among them."""
     world = config.shown or runs[0].world
-    own = [(run, o) for run, o in zip(runs, judged, strict=True) if run.world == world]
+    own = [run for run in runs if run.world == world]
     if not own:
         raise DataError(f"shown: '{world}' is none of the worlds with judged runs.")
-    seed = own[0][0].seed
-    same = [pair for pair in own if pair[0].seed == seed]
-    gold = [pair for pair in same if pair[0].gold_is_reward][:1]
-    return [pair for pair in same if not pair[0].gold_is_reward][: 4 - len(gold)] + gold
+    same = [run for run in own if run.seed == own[0].seed]
+    gold = [run for run in same if run.gold_is_reward][:1]
+    return [run for run in same if not run.gold_is_reward][: 4 - len(gold)] + gold
 
 
-def _numbers(found: Calibrated, judged: Sequence[Outcome]) -> dict[str, Any]:
-    learned = [o for o in judged if not o.gold_is_reward]
-    controls = [o for o in judged if o.gold_is_reward]
-    falling = [o for o in learned if o.falls]
+def _numbers(rules: Rules, judged: Judged) -> dict[str, Any]:
+    """Return the summary's numbers: of the embedded worlds."""
+    warned, stopped = (
+        [o for o in judged[aim][ALARM] if o.world != _EXACT] for aim in ("warn", "stop")
+    )
+    learned = summarise_outcomes([o for o in warned if not o.gold_is_reward])
     return {
-        "candidates": found.candidates,
-        "runs": len(judged),
-        "falling": len(falling),
-        "at_peak": sum(o.at_peak for o in falling),
-        "gold_as_reward": len(controls),
-        "false_alarms": sum(o.raised_at is not None for o in controls),
+        "candidates": sum(rules[aim][ALARM].candidates for aim in rules),
+        "runs": len(warned),
+        "falling": learned.falling,
+        **{f"warn/{timing}": count for timing, count in learned.timings.items()},
+        "gold_as_reward": sum(o.gold_is_reward for o in warned),
+        "warn/false_alarms": sum(o.gold_is_reward and o.raised_at is not None for o in warned),
+        "stop/false_alarms": sum(o.gold_is_reward and o.raised_at is not None for o in stopped),
     }

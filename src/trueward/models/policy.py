@@ -27,7 +27,6 @@ from trueward.models.backbone import (
     disable_dropout,
     grow_vocabulary,
     hidden_states,
-    layer_list,
     max_positions,
 )
 from trueward.models.heads import ScalarHead
@@ -164,15 +163,20 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def energy_losses(policy: Policy, batch: PackedBatch) -> Float[Tensor, " completion"]:
+def energy_losses(
+    policy: Policy, batch: PackedBatch, *, last_layer: nn.Module
+) -> Float[Tensor, " completion"]:
     """How much of its states' L1 norm the policy's last layer takes away: the energy loss.
 
-    `||h_in||_1 - ||h_out||_1` of the last layer, the mean over a completion's tokens. Miao et al.
-    2025 (https://arxiv.org/abs/2501.19358) find it to grow in reinforcement learning, and to grow
-    excessively where the reward is hacked.
+    `||h_in||_1 - ||h_out||_1` of the last layer, the mean over a completion's tokens. After Miao et
+    al. 2025 (https://arxiv.org/abs/2501.19358), whose abstract says that the energy loss of the
+    final layer grows in reinforcement learning, and excessively where the reward is hacked; the
+    norm and the mean over tokens are how it is read here, not checked against their code.
 
-    Raises:
-        ValueError: A model whose list of layers cannot be told.
+    Args:
+        policy: Whose states are read.
+        batch: Completions.
+        last_layer: Of the policy's backbone (`models.backbone.layer_list`).
     """
     norms: list[Tensor] = []
 
@@ -181,7 +185,7 @@ def energy_losses(policy: Policy, batch: PackedBatch) -> Float[Tensor, " complet
         after = out[0] if isinstance(out, tuple) else out
         norms.append(before.float().abs().sum(-1) - after.float().abs().sum(-1))
 
-    handle = layer_list(policy.backbone)[-1].register_forward_hook(hook, with_kwargs=True)
+    handle = last_layer.register_forward_hook(hook, with_kwargs=True)
     try:
         hidden_states(policy.backbone, batch)
     finally:

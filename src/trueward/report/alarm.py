@@ -1,6 +1,7 @@
-"""The page of an alarm: its table over worlds, methods and seeds, and some runs drawn."""
+"""The page of an alarm: its tables over rules, worlds, methods and seeds, and some runs drawn."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from trueward.evaluate.alarm import (
-    AlarmSummary,
-    Calibrated,
+    Aim,
+    Found,
     Outcome,
     WatchedRun,
     gold_by_place,
+    halves_agree,
+    less,
+    over_seeds,
     summarise_outcomes,
+    true_peak,
 )
 from trueward.evaluate.comparison import Estimate
 from trueward.report.figures import Curve, Mark, marked_figure
@@ -24,16 +29,21 @@ from trueward.report.numbers import Cell, decimal
 from trueward.report.run import configuration_details, markdown, versions_line
 from trueward.train.run_folder import write_text
 
-Example = tuple[WatchedRun, Outcome]
+ALARM, BUDGET, FIXED = "alarm", "KL budget", "fixed steps"  # kinds of rules
+ALONE = "no bound"  # on false alarms, of a rival
+Judged = Mapping[Aim, Mapping[str, Sequence[Outcome]]]  # by aim and kind of rule
 
 
 def alarm_report(
     folder: str | Path,
-    found: Mapping[str, Calibrated],
-    judged: Sequence[Outcome],
+    rules: Mapping[str, Mapping[Aim, Mapping[str, Found]]],
+    runs: Sequence[WatchedRun],
+    judged: Judged,
     *,
-    calibration: Sequence[Outcome],
-    example: Sequence[Example],
+    calibration: Judged,
+    max_false_alarms: float,
+    apart: str,
+    example: Sequence[WatchedRun],
     title: str,
     config_text: str,
     environment: Mapping[str, Any],
@@ -42,9 +52,12 @@ def alarm_report(
 
     Args:
         folder: Where to write.
-        found: The alarm and its rivals, by world.
-        judged: Of runs that the alarm was not calibrated on.
-        calibration: Of those that it was.
+        rules: The alarms and their rivals, by world.
+        runs: That no rule was calibrated on.
+        judged: What the rules make of them.
+        calibration: What they make of those that they were calibrated on.
+        max_false_alarms: The bound of the calibration.
+        apart: A world that is of another kind, and in no row with others.
         example: Runs of one seed, to be drawn.
         title: The page's heading.
         config_text: The configuration, shown verbatim.
@@ -54,25 +67,41 @@ def alarm_report(
         The page's path.
     """
     root = Path(folder)
+    inside, outside = (
+        _of_worlds(judged, apart, inside=True),
+        _of_worlds(judged, apart, inside=False),
+    )
+    unseen = "on runs that no rule was calibrated on."
     tables = [
-        when_table(judged, caption="When the alarm was raised, on runs it was not calibrated on."),
-        gold_table(judged, caption="Gold where each rule stops, on runs it was not calibrated on."),
+        rules_table(inside, [r for r in runs if r.world != apart], caption=f"Every rule, {unseen}"),
+        when_table(inside["warn"][ALARM], caption=f"When the alarm warns, {unseen}"),
+        gold_table(inside["stop"], caption=f"Gold where each rule stops, {unseen}"),
     ]
-    runs = run_table(judged)
-    own = gold_table(calibration, caption="The same on the calibration's own runs.")
+    others = []
+    if outside["warn"][ALARM]:
+        others = [
+            rules_table(outside, [], caption=f"Every rule in the world {apart}."),
+            when_table(outside["warn"][ALARM], caption=f"When the alarm warns in {apart}."),
+            gold_table(outside["stop"], caption=f"Gold where each rule stops in {apart}."),
+        ]
+    own = rules_table(
+        _of_worlds(calibration, apart, inside=True), [], caption="Every rule on its own runs."
+    )
+    every = run_table(judged)
     keep = Keeper(root / "figures")
-    drawn = _drawn(keep, example)
+    drawn = _drawn(keep, example, judged)
     configuration = configuration_details(config_text, environment)
     page = render_report(
         title=title,
-        lead=_lead(judged),
+        lead=_lead(inside),
         sections=[
-            Section(title="The alarm", text=_alarms(found)),
+            Section(title="The alarm", text=_alarms(rules, calibration, max_false_alarms)),
             Section(title="Results", tables=tables, figures=drawn),
+            *([Section(title=f"The world {apart}", text=_APART, tables=others)] if others else []),
             Section(
                 title="Every run",
                 details=[
-                    Details(summary=f"The table of all {len(judged)} runs", table=runs),
+                    Details(summary=f"The table of all {len(every.rows)} runs", table=every),
                     Details(summary="The runs of the calibration", table=own),
                 ],
             ),
@@ -80,17 +109,46 @@ def alarm_report(
         ],
         footer=versions_line(environment),
     )
-    write_text(root / "table.md", "\n\n".join(markdown(t) for t in tables) + "\n")
-    write_text(root / "runs.md", markdown(runs) + "\n")
+    texts = [*map(markdown, tables), *([_APART] if others else []), *map(markdown, others)]
+    write_text(root / "table.md", "\n\n".join(texts) + "\n")
+    write_text(root / "runs.md", markdown(every) + "\n")
     plain = {
-        "calibrated": {world: asdict(one) for world, one in found.items()},
-        "judged": [asdict(o) | {"at_peak": o.at_peak} for o in judged],
-        "calibration": [asdict(o) for o in calibration],
+        "rules": {
+            world: {aim: {k: asdict(f) for k, f in found.items()} for aim, found in some.items()}
+            for world, some in rules.items()
+        },
+        "judged": _plain(judged),
+        "calibration": _plain(calibration),
     }
     write_text(root / "outcomes.json", json.dumps(plain, indent=1))
     target = root / "report.html"
     write_text(target, page)
     return target
+
+
+_APART = (
+    "Tables of another kind, in no row with the other worlds: the KL and the log-probability are "
+    "of a response among all, not summed over tokens, so that rules in these units mean another "
+    "thing; there are neither states nor lengths."
+)
+
+
+def _of_worlds(judged: Judged, apart: str, *, inside: bool) -> Judged:
+    return {
+        aim: {
+            kind: [o for o in some if (o.world != apart) == inside] for kind, some in found.items()
+        }
+        for aim, found in judged.items()
+    }
+
+
+def _plain(judged: Judged) -> dict[str, Any]:
+    return {
+        aim: {
+            kind: [asdict(o) | {"timing": o.timing} for o in some] for kind, some in found.items()
+        }
+        for aim, found in judged.items()
+    }
 
 
 # ---- tables ------------------------------------------------------------------------------------
@@ -106,97 +164,185 @@ def groups_of(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome
         learned = [o for o in own if not o.gold_is_reward]
         if len({o.method for o in learned}) > 1:
             found[world, "all learned rewards"] = learned
-    learned = [o for o in outcomes if not o.gold_is_reward]
-    gold = [o for o in outcomes if o.gold_is_reward]
+    learned, gold = _learned(outcomes), _gold(outcomes)
     if len({o.world for o in outcomes}) > 1:
-        found |= {("all worlds", "all learned rewards"): learned} if learned else {}
-        found |= {("all worlds", "gold as reward"): gold} if gold else {}
+        found |= {("all embedded worlds", "all learned rewards"): learned} if learned else {}
+        found |= {("all embedded worlds", "gold as reward"): gold} if gold else {}
     return found
 
 
-def when_table(outcomes: Sequence[Outcome], *, caption: str = "") -> Table:
-    """Return how often the alarm was raised, and where."""
+def rules_table(judged: Judged, runs: Sequence[WatchedRun], *, caption: str = "") -> Table:
+    """Return a row for each kind of rule: over all learned rewards, and all with gold as reward.
+
+    Args:
+        judged: Of worlds that belong together.
+        runs: Those judged, for what half of the answers hit; none for no such row.
+        caption: Of the table.
+    """
     rows: list[list[Cell]] = []
-    for (world, method), some in groups_of(outcomes).items():
-        s = summarise_outcomes(some)
-        whole = s.runs - s.falling
+    stops = judged["stop"]
+    for kind, warned in judged["warn"].items():
+        s, stopped = summarise_outcomes(_learned(warned)), stops[kind]
+        if not s.runs:
+            continue
+        t = s.timings
+        apart = less(_learned(stopped), _learned(stops[ALARM]))
         rows.append(
             [
-                world,
-                method,
-                s.runs,
-                s.falling,
-                f"{s.raised} of {s.falling}" if s.falling else None,
-                f"{s.at_peak} of {s.falling}" if s.falling else None,
-                f"{s.kept_at_peak} of {s.falling}" if s.falling else None,
-                f"{s.early} of {s.falling}" if s.falling else None,
-                f"{s.false} of {whole}" if whole else None,
+                kind,
+                *(f"{t[one]} of {s.falling}" for one in ("early", "hit", "late", "never")),
+                _share(s.hit_share),
+                _share(s.near_share),
+                _raised(_gold(warned)),
+                _two(summarise_outcomes(_learned(stopped)).gold_kept),
+                None if kind == ALARM else _two(apart),
+                _raised(_gold(stopped)),
             ]
         )
-    columns = ["world", "reward", "runs", "gold falls", "raised", "within 20 %\nof the peak"]
+    falling = [r for r in runs if r.halves and not r.gold_is_reward and true_peak(r).falls]
+    if falling:
+        place = _share(over_seeds(falling, lambda r: halves_agree(r).place))
+        gold = _share(over_seeds(falling, lambda r: halves_agree(r).gold))
+        rows.append(["gold of half the answers", *[None] * 4, place, gold, *[None] * 4])
+    columns = ["rule", "early", "within 20 %\nof the peak", "late", "never", "within 20 %,\n%"]
+    columns += ["within 0.15\nof its gold, %", "gold runs\nwarned", "gold at\nthe stop"]
     return Table(
-        columns=[
-            *columns,
-            "its policy\nwithin 20 %",
-            "earlier",
-            "raised where gold\ndoes not fall",
-        ],
+        columns=[*columns, "less the\nalarm's", "gold runs\nstopped"],
         rows=rows,
         caption=caption,
-        notes="Gold falls where it ends more than 0.25 below its smoothed peak, in standard "
-        "deviations of the reference policy's answers. Its policy: the one that it goes back to.",
+        notes="Each rule was chosen twice on the same runs: to warn (the columns up to the gold "
+        "runs warned) and to stop. Hits are counted among the runs of learned rewards whose gold "
+        "falls; a share in % is a mean over seeds, a seed's runs counted once by their share, ± "
+        "half of Student's 95 % interval. Gold of half the answers: what an alarm would hit that "
+        "knows gold from the first or from the second answer to each prompt, judged by the other.",
     )
 
 
-def gold_table(outcomes: Sequence[Outcome], *, caption: str = "") -> Table:
-    """Return gold at the stop of the alarm and of its rivals, with paired differences."""
+def when_table(outcomes: Sequence[Outcome], *, caption: str = "") -> Table:
+    """Return when an alarm was raised, and how often at the peak."""
     rows: list[list[Cell]] = []
     for (world, method), some in groups_of(outcomes).items():
-        s: AlarmSummary = summarise_outcomes(some)
-        row: list[Cell] = [world, method]
-        for estimate in (s.gold_none, s.gold_alarm, s.gold_oracle, s.gold_budget, s.gold_fixed):
-            row.append(_two(estimate))
-        row += [_two(e) for e in (s.less_none, s.less_budget, s.less_fixed, s.less_oracle)]
-        rows.append([*row, decimal(100 * s.gold_kept, 0)])
-    columns = ["world", "reward", "no alarm", "alarm", "oracle", "KL budget", "fixed steps"]
-    columns += [f"alarm less\n{name}" for name in ("no alarm", "KL budget", "fixed steps")]
+        s = summarise_outcomes(some)
+        whole, n = s.runs - s.falling, s.falling
+        times = [s.timings[one] for one in ("early", "hit", "late", "never")]
+        rows.append(
+            [
+                *(world, method, s.runs, n),
+                *(f"{count} of {n}" if n else None for count in times),
+                _share(s.hit_share),
+                f"{s.near_in_gold} of {n}" if n else None,
+                f"{s.false} of {whole}" if whole else None,
+                _share(s.false_share),
+            ]
+        )
+    columns = ["world", "reward", "runs", "gold falls", "early", "within 20 %\nof the peak", "late"]
+    columns += [
+        "never",
+        "within 20 %,\n%",
+        "within 0.15\nof its gold",
+        "raised where gold\ndoes not fall",
+    ]
     return Table(
-        columns=[*columns, "alarm less\noracle", "gain kept, %"],
+        columns=[*columns, "the same,\n%"],
+        rows=rows,
+        caption=caption,
+        notes="Gold falls where it ends more than 0.25 below its smoothed peak, in standard "
+        "deviations of the reference policy's answers. A share in % is a mean over seeds, a seed's "
+        "runs counted once by their share, ± half of Student's 95 % interval.",
+    )
+
+
+def gold_table(stops: Mapping[str, Sequence[Outcome]], *, caption: str = "") -> Table:
+    """Return gold at the stop of the alarm and of its rivals, with paired differences.
+
+    Args:
+        stops: Outcomes by kind of rule.
+        caption: Of the table.
+    """
+    rivals = [kind for kind in (f"{BUDGET}, {ALONE}", FIXED) if kind in stops]
+    theirs = [groups_of(stops[kind]) for kind in rivals]
+    rows: list[list[Cell]] = []
+    for key, some in groups_of(stops[ALARM]).items():
+        s = summarise_outcomes(some)
+        rows.append(
+            [
+                *key,
+                *map(_two, (s.gold_none, s.gold_kept, s.gold_oracle)),
+                *(_two(summarise_outcomes(one.get(key, [])).gold_kept) for one in theirs),
+                _two(s.less_none),
+                *(_two(less(some, one.get(key, []))) for one in theirs),
+                _two(s.less_oracle),
+                decimal(100 * s.gain_kept, 0),
+            ]
+        )
+    columns = ["world", "reward", "no alarm", "alarm", "oracle", *(_broken(r) for r in rivals)]
+    columns += [f"alarm less\n{name}" for name in ("no alarm", *rivals, "oracle")]
+    return Table(
+        columns=[*columns, "gain kept, %"],
         rows=rows,
         caption=caption,
         notes="Gold of the policy that each rule leaves behind; ± is half of Student's 95 % "
         "interval over seeds, a seed's runs counted once by their mean; differences are paired. "
         "The oracle stops at the smoothed peak. KL budget and number of steps are those that kept "
-        "the most gold on the calibration's runs. Gain kept: gain over the reference policy at "
-        "the alarm's stop over the oracle's, in the mean.",
+        "the most gold on the calibration's runs, whatever they stop of those with gold as "
+        "reward. Gain kept: gain over the reference policy at the alarm's stop over the oracle's, "
+        "in the mean.",
     )
 
 
-def run_table(outcomes: Sequence[Outcome]) -> Table:
+def run_table(judged: Judged) -> Table:
     """Return a row for each run."""
-    rows: list[list[Cell]] = [
-        [
-            o.world,
-            o.method,
-            o.seed,
-            o.peak if o.falls else "none",
-            o.raised_at,
-            "yes" if o.at_peak else None,
-            o.kept,
-            *(decimal(g, 2) for g in (o.gold_none, o.gold_alarm, o.gold_oracle)),
-            *(decimal(g, 2) for g in (o.gold_budget, o.gold_fixed)),
-            decimal(100 * o.gold_kept, 0) if o.gold_oracle - o.gold_start > 0.1 else None,
-        ]
-        for o in outcomes
-    ]
-    columns = ["world", "reward", "seed", "true peak", "alarm\nin step", "at the\npeak"]
-    columns += ["policy\nof step", "gold,\nno alarm", "gold,\nalarm", "gold,\noracle"]
+    stops = {
+        kind: {(o.world, o.method, o.seed): o for o in some}
+        for kind, some in judged["stop"].items()
+        if kind in (ALARM, f"{BUDGET}, {ALONE}", FIXED)
+    }
+    rows: list[list[Cell]] = []
+    for o in judged["warn"][ALARM]:
+        key = (o.world, o.method, o.seed)
+        stop = stops[ALARM][key]
+        gold = [some[key].gold_kept if key in some else math.nan for some in stops.values()]
+        rows.append(
+            [
+                *key,
+                o.peak if o.falls else "none",
+                *(o.raised_at, o.timing, "yes" if o.near_in_gold else None),
+                *(stop.raised_at, stop.kept),
+                *(decimal(g, 2) for g in (o.gold_none, *gold, o.gold_oracle)),
+                decimal(100 * stop.gain_kept, 0) if o.gold_oracle - o.gold_start > 0.1 else None,
+            ]
+        )
+    columns = ["world", "reward", "seed", "true peak", "warns\nin step", "timing", "near\nin gold"]
+    columns += ["stops\nin step", "policy\nof step", "gold,\nno alarm"]
+    columns += [f"gold,\n{kind}" for kind in stops]
     return Table(
-        columns=[*columns, "gold,\nKL budget", "gold,\nfixed steps", "gain\nkept, %"],
+        columns=[*columns, "gold,\noracle", "gain\nkept, %"],
         rows=rows,
-        caption="Every run: where gold peaks, when the alarm was raised, what was kept.",
+        caption="Every run: where gold peaks, when the alarm warned and stopped, what was kept.",
         notes="Gain kept is left out where the oracle gains at most 0.1.",
     )
+
+
+def _learned(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [o for o in outcomes if not o.gold_is_reward]
+
+
+def _gold(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [o for o in outcomes if o.gold_is_reward]
+
+
+def _raised(outcomes: Sequence[Outcome]) -> Cell:
+    raised = sum(o.raised_at is not None for o in outcomes)
+    return f"{raised} of {len(outcomes)}" if outcomes else None
+
+
+def _share(estimate: Estimate) -> Cell:
+    text, half = decimal(100 * estimate.mean, 0), decimal(100 * estimate.half_width, 0)
+    return text if half is None or text is None else f"{text} ± {half}"
+
+
+def _broken(name: str) -> str:
+    return name.replace(", ", ",\n")
 
 
 def _two(estimate: Estimate) -> Cell:
@@ -207,71 +353,102 @@ def _two(estimate: Estimate) -> Cell:
 # ---- figure and words --------------------------------------------------------------------------
 
 
-def example_figure(example: Sequence[Example], *, title: str = "") -> Figure:
-    """Draw each run's gold over its steps, with the peak, the alarm and the KL budget marked."""
+def example_figure(example: Sequence[WatchedRun], judged: Judged, *, title: str = "") -> Figure:
+    """Draw each run's gold over its steps; mark peak, warning, and the policy of the stop."""
     panels = {}
-    for run, outcome in example:
+    for run in example:
         gold = gold_by_place(run).tolist()
-        marks = [Mark(name="true peak", x=outcome.peak, style="dotted")] if outcome.falls else []
-        if outcome.raised_at is not None:
-            marks.append(Mark(name="alarm", x=outcome.raised_at - 1, style="solid"))
-        if outcome.budget < run.steps:
-            marks.append(Mark(name="KL budget", x=outcome.budget, style="dashed"))
+        warned, stopped = (
+            next(o for o in judged[aim][ALARM] if _same(o, run)) for aim in ("warn", "stop")
+        )
+        marks = [Mark(name="true peak", x=warned.peak, style="dotted")] if warned.falls else []
+        if warned.raised_at is not None:
+            marks.append(Mark(name="alarm", x=warned.raised_at - 1, style="solid"))
+        if stopped.raised_at is not None:
+            marks.append(Mark(name="goes back to", x=stopped.kept, style="dashed"))
         panels[run.method] = (Curve(name="gold", x=list(range(len(gold))), y=gold), marks)
     return marked_figure(panels, title=title, x_label="step", y_label="gold")
 
 
-def _drawn(keep: Keeper, example: Sequence[Example]) -> list[PanelsHtml]:
+def _same(o: Outcome, run: WatchedRun) -> bool:
+    return (o.world, o.method, o.seed) == (run.world, run.method, run.seed)
+
+
+def _drawn(keep: Keeper, example: Sequence[WatchedRun], judged: Judged) -> list[PanelsHtml]:
     if not example:
         return []
-    run = example[0][0]
+    run = example[0]
     title = f"World {run.world}, seed {run.seed}"
-    panels = {one[0].method: example_figure([one]) for one in example}
+    panels = {one.method: example_figure([one], judged) for one in example}
     caption = (
         f"Smoothed gold over the steps of seed {run.seed} in the world {run.world}, by the reward "
-        "that was optimised. Dotted: the true peak, where gold falls; solid: where the alarm is "
-        "raised; dashed: where the KL budget ends."
+        "that was optimised. Dotted: the true peak, where gold falls; solid: where the alarm "
+        "warns; dashed: the policy that an alarm which stops goes back to."
     )
-    whole = example_figure(example, title=title)
+    whole = example_figure(example, judged, title=title)
     return [keep.panels("gold_and_alarm", whole, panels, caption)]
 
 
-def _alarms(found: Mapping[str, Calibrated]) -> str:
-    """Say what each alarm is, and which worlds have it."""
+def _alarms(
+    rules: Mapping[str, Mapping[Aim, Mapping[str, Found]]], calibration: Judged, bound: float
+) -> str:
+    """Say what each alarm is, which worlds have it, and what the bound means."""
     texts: dict[str, list[str]] = {}
-    for world, one in found.items():
-        texts.setdefault(_described(one), []).append(world)
-    if len(texts) == 1:
-        return next(iter(texts))
-    return "\n\n".join(f"In {', '.join(worlds)}: {text}" for text, worlds in texts.items())
+    for world, found in rules.items():
+        text = " ".join(_described(aim, one[ALARM]) for aim, one in found.items())
+        texts.setdefault(text, []).append(world)
+    several = len(texts) > 1
+    paragraphs = [
+        (f"In {', '.join(worlds)}: " if several else "") + text for text, worlds in texts.items()
+    ]
+    gold = len(_gold(calibration["warn"][ALARM]))
+    allowed = math.floor(bound * gold) or "none"
+    paragraphs.append(
+        f"Runs with gold as reward in the calibration: {gold}. A bound of {100 * bound:g} % on "
+        f"false alarms allows {allowed} of them."
+    )
+    return "\n\n".join(paragraphs)
 
 
-def _described(found: Calibrated) -> str:
-    a = found.alarm
+_UNITS = {
+    "window": "in standard deviations of these",
+    "differences": "in standard deviations of these by their differences",
+    "floor": "in units of the calibration's runs",
+    "raw": "in its own unit",
+}
+
+
+def _described(aim: Aim, found: Found) -> str:
+    a = found.rule
+    if isinstance(a, int):
+        return f"To {aim}: {a} steps."
     terms = " + ".join(f"{w:g} x {name}" for name, w in a.weights.items())
     how = "the score" if a.slack is None else f"its cumulative sum above a slack of {a.slack:g}"
     back = "" if a.rewind == 1 else f", and goes back to {a.rewind:g} of the steps before it"
+    worth = f"keeps {found.worth:.2f} of gold"
+    if aim == "warn":
+        worth = f"is within 20 % of the true peak in {100 * found.worth:.0f} % where gold falls"
     return (
-        f"Of {found.candidates:,} alarms that were tried, the one that kept the most gold on the "
-        f"calibration's runs looks at {terms}, counted from their first {a.window} steps in "
-        f"standard deviations. It is raised where {how} exceeds {a.threshold:.4g} in {a.patience} "
-        f"step(s) running{back}. There it keeps {found.gold:.2f} of gold and is raised in "
-        f"{100 * found.false_alarms:.0f} % of the runs with gold as reward; the best KL budget "
-        f"({found.kl_budget:.3g} nats) keeps {found.budget_gold:.2f}, the best number of steps "
-        f"({found.fixed_steps}) {found.fixed_gold:.2f}."
+        f"To {aim}: of {found.candidates:,} alarms that were tried on the calibration's runs, the "
+        f"best looks at {terms}, counted from the first {a.window} steps {_UNITS[a.unit]}. It is "
+        f"raised where {how} exceeds {a.threshold:.4g} in {a.patience} step(s) running{back}. "
+        f"There it {worth}, and is raised in {100 * found.false_alarms:.0f} % of the runs with "
+        "gold as reward."
     )
 
 
-def _lead(judged: Sequence[Outcome]) -> str:
-    learned = [o for o in judged if not o.gold_is_reward]
-    gold = [o for o in judged if o.gold_is_reward]
-    s = summarise_outcomes(learned)
-    cried = sum(o.raised_at is not None for o in gold)
+def _lead(judged: Judged) -> str:
+    """Say what the alarms do in the worlds that belong together."""
+    warned, stopped = judged["warn"][ALARM], judged["stop"][ALARM]
+    if not warned:
+        return ""
+    s, g = summarise_outcomes(_learned(warned)), summarise_outcomes(_learned(stopped))
+    t = s.timings
     return (
-        f"On {len(learned)} runs of learned rewards that it was not calibrated on, gold falls in "
-        f"{s.falling}; the alarm is raised in {s.raised} of these, within 20 % of the true peak in "
-        f"{s.at_peak}. Of {len(gold)} runs with gold as reward it stops {cried}. Gold stands at "
-        f"{s.gold_alarm.mean:.2f} where it stops, at {s.gold_none.mean:.2f} without an alarm, at "
-        f"{s.gold_oracle.mean:.2f} with an oracle and at {s.gold_budget.mean:.2f} with the best KL "
-        "budget."
+        f"On {s.runs} runs of learned rewards that it was not calibrated on, gold falls in "
+        f"{s.falling}: the alarm warns within 20 % of the true peak in {t['hit']} of these, early "
+        f"in {t['early']}, late in {t['late']}, never in {t['never']}. With gold as reward it "
+        f"warns in {_raised(_gold(warned)) or 'no run'}. The alarm that stops "
+        f"leaves gold at {g.gold_kept.mean:.2f}; without one it ends at {g.gold_none.mean:.2f}, "
+        f"with an oracle at {g.gold_oracle.mean:.2f}."
     )

@@ -1,12 +1,13 @@
 """The alarm: tells from signals without gold that a policy has passed the point where gold falls.
 
 Each signal (`train.signals`, and the length, KL, log-probability and energy loss of a step) is
-counted from its values over the run's first steps, in their standard deviations; a weighted sum is
-the score. The alarm is raised where the score, or its cumulative sum above a slack (CUSUM, Page
-1954, https://doi.org/10.1093/biomet/41.1-2.100), has exceeded a threshold in several steps running.
+counted from its values over the run's first steps, in a unit (`Unit`); a weighted sum is the score.
+The alarm is raised where the score, or its cumulative sum above a slack (CUSUM, Page 1954,
+https://doi.org/10.1093/biomet/41.1-2.100), has exceeded a threshold in several steps running.
 Weights, threshold and the rest come from runs with a known gold (`evaluate.alarm.calibrate`).
 """
 
+import itertools
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from trueward.train.signals import Monitor, Seen, signals_of
 
 logger = logging.getLogger(__name__)
 
+MOST_SNAPSHOTS = 20
 PREFIX = "alarm/"  # of the signals and the score in a run's metrics
 SCORE = "score"
 # What a signal is called in metrics and calibrations; see `train.signals` for the first eight.
@@ -45,12 +47,20 @@ SIGNALS = (
 )
 
 
+# What a signal is counted in. window: the standard deviation of its first values, at least its
+# floor; a trend is in it, so that the score of a steady signal is a clock. differences: the
+# same from the differences of neighbours (von Neumann), where a trend weighs little. floor: its
+# floor alone. raw: its own unit, from 0 on; an alarm that reads the KL alone is then a KL budget.
+Unit = Literal["window", "differences", "floor", "raw"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """How signals become an alarm."""
 
     weights: dict[str, float]  # of the standardised signals in the score
     threshold: float  # of the score, or of its cumulative sum
+    unit: Unit = "window"
     # The least that a signal's values of the first steps are taken to vary, in its own units: few
     # values tell little of how they vary.
     floors: dict[str, float] = field(default_factory=dict)
@@ -68,7 +78,11 @@ class Calibration:
             raise ValueError("weights must give at least one signal a weight other than 0.")
         if any(not value > 0 for value in self.floors.values()):
             raise ValueError(f"floors must be above 0, got {self.floors}.")
-        if self.window < 2:
+        if self.unit not in get_args(Unit):  # from JSON it may be anything
+            raise ValueError(f"unit is one of {', '.join(get_args(Unit))}, got '{self.unit}'.")
+        if self.unit == "floor" and not set(self.weights) <= set(self.floors):
+            raise ValueError(f"the unit 'floor' needs a floor for each signal, got {self.floors}.")
+        if self.window < (0 if self.unit == "raw" else 2):
             raise ValueError(f"window must be at least 2 steps, got {self.window}.")
         if self.patience < 1:
             raise ValueError(f"patience must be at least 1 step, got {self.patience}.")
@@ -117,7 +131,9 @@ class AlarmConfig:
     action: Literal["off", "log", "warn", "stop"] = "off"
     calibration: str = ""  # JSON that `trueward alarm` wrote; empty: the one that ships
     reference_prompts: int = 128  # answered by the reference policy: what its states look like
-    keep_every: int = 1  # steps between the snapshots that a stopped run goes back to
+    # Steps between the snapshots that a stopped run goes back to; more where they would be more
+    # than `MOST_SNAPSHOTS`.
+    keep_every: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("reference_prompts", 2), ("keep_every", 1)):
@@ -132,17 +148,33 @@ class AlarmConfig:
 # ---- the statistic -----------------------------------------------------------------------------
 
 
-def standardised(value: float, first: Sequence[float], *, floor: float = 0.0) -> float:
-    """Count a value from the mean of the first ones, in their standard deviations (ddof 1).
+def unit_of(first: Sequence[float], *, unit: Unit, floor: float = 0.0) -> float:
+    """Return what a signal is counted in, from its values in the run's first steps.
 
     Args:
-        value: Of this step.
-        first: Of the run's first steps, two at least.
-        floor: The least standard deviation; with 0, one of 1e-6 of the mean's size is assumed.
+        first: Two at least, but in the unit `raw`.
+        unit: Which; the standard deviation has ddof 1, the mean squared difference of neighbours
+            is halved (von Neumann 1941, https://doi.org/10.1214/aoms/1177731677).
+        floor: The least; with 0, one of 1e-6 of the mean's size is assumed.
     """
+    if unit == "raw":
+        return 1.0
     mean = sum(first) / len(first)
-    std = math.sqrt(sum((v - mean) ** 2 for v in first) / (len(first) - 1))
-    return (value - mean) / max(std, floor, 1e-6 * abs(mean), 1e-12)
+    variance = 0.0
+    if unit == "window":
+        variance = sum((v - mean) ** 2 for v in first) / (len(first) - 1)
+    elif unit == "differences":
+        squares = [(b - a) ** 2 for a, b in itertools.pairwise(first)]
+        variance = sum(squares) / len(squares) / 2
+    return max(math.sqrt(variance), floor, 1e-6 * abs(mean), 1e-12)
+
+
+def standardised(
+    value: float, first: Sequence[float], *, unit: Unit = "window", floor: float = 0.0
+) -> float:
+    """Count a value from the mean of the first ones, in a unit; from 0 in the unit `raw`."""
+    start = 0.0 if unit == "raw" else sum(first) / len(first)
+    return (value - start) / unit_of(first, unit=unit, floor=floor)
 
 
 class Alarm:
@@ -162,29 +194,32 @@ class Alarm:
     def update(self, step: int, signals: Mapping[str, float]) -> float | None:
         """Take in a step's signals; return what is held against the threshold.
 
-        None within the window. Once raised, the alarm stays raised.
+        None within the window. Once raised, the alarm stays raised. A step with a signal that is
+        not finite is left out, as if it had not been: None.
 
         Raises:
-            ValueError: A signal with a weight is missing or not finite.
+            ValueError: A signal with a weight is missing.
         """
         rules = self.calibration
         for name in rules.weights:
-            if not math.isfinite(signals.get(name, math.nan)):
-                here = ", ".join(sorted(n for n, v in signals.items() if math.isfinite(v)))
+            if name not in signals:
                 raise ValueError(
                     f"The alarm's calibration reads the signal '{name}', which step {step} has not "
-                    f"({here or 'it has none'}): give a monitor that has it, or another "
-                    "calibration."
+                    f"({', '.join(sorted(signals)) or 'it has none'}): give a monitor that has it, "
+                    "or another calibration."
                 )
+        if not all(math.isfinite(signals[name]) for name in rules.weights):
+            return None
         if any(len(values) < rules.window for values in self.first.values()):
             for name, values in self.first.items():
                 values.append(float(signals[name]))
             return None
-        score = sum(
-            weight
-            * standardised(signals[name], self.first[name], floor=rules.floors.get(name, 0.0))
-            for name, weight in rules.weights.items()
-        )
+        score = 0.0
+        for name, weight in rules.weights.items():
+            floor = rules.floors.get(name, 0.0)
+            score += weight * standardised(
+                signals[name], self.first[name], unit=rules.unit, floor=floor
+            )
         if rules.slack is not None:
             self.summed = score = max(0.0, self.summed + score - rules.slack)
         self.above = self.above + 1 if score > rules.threshold else 0
@@ -211,6 +246,21 @@ class Alarm:
 # ---- going back --------------------------------------------------------------------------------
 
 
+def kept_places(place: int, *, rewind: float, every: int = 1) -> range:
+    """Return the places whose weights are kept at a place: `MOST_SNAPSHOTS` at most.
+
+    All that an alarm may go back to from here on, evenly apart: every `every`-th, or where these
+    are too many every second of them, and so on. It begins low enough that the doubled distance
+    finds its own first place there. With a rewind of 0 only the start is kept.
+    """
+    if rewind == 0:
+        return range(1)
+    needed, apart = math.floor(rewind * place), every
+    while place - needed > (MOST_SNAPSHOTS - 3) * apart:
+        apart *= 2
+    return range(needed // (2 * apart) * 2 * apart, place + 1, apart)
+
+
 class Snapshots:
     """Trained weights at some places of a run, in a folder, or in memory where there is none.
 
@@ -219,20 +269,21 @@ class Snapshots:
     Args:
         module: Whose trained parameters are kept.
         folder: None for memory, which a killed run loses; it has no checkpoint either.
-        every: Places that are kept.
+        every: See `kept_places`.
         writes: Whether this process writes, of several.
     """
 
     def __init__(
-        self, module: nn.Module, folder: Path | None, *, every: int, writes: bool = True
+        self, module: nn.Module, folder: Path | None, *, every: int = 1, writes: bool = True
     ) -> None:
         self._module, self._folder = module, folder
         self._every, self._writes = every, writes
         self._kept: dict[int, dict[str, Tensor]] = {}
 
-    def keep(self, place: int, *, needed_from: int) -> None:
-        """Keep the weights as they are now; drop what is never needed from `needed_from` on."""
-        if place % self._every == 0:
+    def keep(self, place: int, *, rewind: float) -> None:
+        """Keep the weights as they are now, if their place is one to keep; drop what is not."""
+        wanted = kept_places(place, rewind=rewind, every=self._every)
+        if place in wanted:
             tensors = {n: p.detach().cpu().clone() for n, p in self._trained()}
             if self._folder is None:
                 self._kept[place] = tensors
@@ -241,16 +292,28 @@ class Snapshots:
                 draft = self._folder / "draft.tmp"
                 save_file({k: v.contiguous() for k, v in tensors.items()}, draft)
                 draft.replace(self._file(place))
-        last = max((p for p in self._places() if p <= needed_from), default=0)
         for old in self._places():
-            if old < last:
+            if old not in wanted:
                 self._kept.pop(old, None)
                 if self._folder is not None and self._writes:
                     self._file(old).unlink()
 
     def restore(self, place: int) -> int:
-        """Put back the last weights that were kept at or before a place; return theirs."""
-        found = max(p for p in self._places() if p <= place)
+        """Put back the last weights that were kept at or before a place; return theirs.
+
+        Where there are none, as in a folder that files were taken from, the earliest that are.
+
+        Raises:
+            DataError: Nothing is kept.
+        """
+        places = self._places()
+        if not places:
+            raise DataError(f"No snapshot of the policy is left in {self._folder or 'memory'}.")
+        found = max((p for p in places if p <= place), default=places[0])
+        if found > place:
+            logger.warning(
+                "No snapshot is left of step %d or before: the earliest is put back.", place
+            )
         tensors = self._kept.get(found) or load_file(self._file(found))
         with torch.no_grad():
             for name, parameter in self._trained():
@@ -299,12 +362,22 @@ class Guard:
         self.snapshots = snapshots
         # What is only logged must not need the signals of any calibration.
         self.alarm = None if config.action == "log" else Alarm(config.load())
+        self._told_of: set[str] = set()  # signals that were not finite
+        if self.alarm is not None and not config.calibration:
+            logger.warning(
+                "The alarm has no calibration and takes a guess in the units of another batch and "
+                "another reward: calibrate it on runs of your own (`trueward alarm`)."
+            )
+
+    @property
+    def raised_at(self) -> int | None:
+        """The step in which the alarm was raised."""
+        return None if self.alarm is None else self.alarm.raised_at
 
     @property
     def stops(self) -> bool:
         """Whether the run is to end now."""
-        raised = self.alarm is not None and self.alarm.raised_at is not None
-        return raised and self.config.action == "stop"
+        return self.raised_at is not None and self.config.action == "stop"
 
     def look(
         self, step: int, seen: Seen, others: Mapping[str, float], *, samples: int
@@ -318,21 +391,50 @@ class Guard:
             samples: Completions of each prompt.
         """
         signals = signals_of(seen, self.reference, samples=samples) | dict(others)
+        odd = {name for name, value in signals.items() if not math.isfinite(value)} - self._told_of
+        if odd:
+            self._told_of |= odd
+            logger.warning(
+                "Not finite in step %d: the alarm's signal(s) %s. An alarm that reads them leaves "
+                "such steps out.",
+                *(step, ", ".join(sorted(odd))),
+            )
         metrics = {f"{PREFIX}{name}": value for name, value in signals.items()}
         if self.alarm is None:
             return metrics
         if self.config.action == "stop":
-            share = self.alarm.calibration.rewind
-            self.snapshots.keep(step - 1, needed_from=math.floor(share * (step - 1)))
-        was_raised = self.alarm.raised_at is not None
+            self.snapshots.keep(step - 1, rewind=self.alarm.calibration.rewind)
         score = self.alarm.update(step, signals)
         if score is not None:
             metrics[PREFIX + SCORE] = score
-        if self.alarm.raised_at is not None:
-            metrics[f"{PREFIX}raised_at"] = float(self.alarm.raised_at)
-            if not was_raised:
+            if self.raised_at == step:
                 self._tell(step, score)
+        if self.raised_at is not None:
+            metrics[f"{PREFIX}raised_at"] = float(self.raised_at)
         return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know, as JSON."""
+        found: dict[str, Any] = {"action": self.config.action}
+        if self.alarm is not None:
+            found |= {"calibration": asdict(self.alarm.calibration)} | self.alarm.state_dict()
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            DataError: It is another alarm's.
+        """
+        if self.alarm is None:
+            return
+        for name in ("action", "calibration"):
+            if state.get(name) != self.state_dict().get(name):
+                raise DataError(
+                    f"The run was started with another {name} of its alarm: resume it with the "
+                    "same, or give another output_dir."
+                )
+        self.alarm.load_state_dict(state)
 
     def go_back(self) -> int:
         """Put back the policy that the run ends with; return its place."""
@@ -343,9 +445,8 @@ class Guard:
         logger.warning("The policy is the one after %d steps.", place)
         return place
 
-    def _tell(self, step: int, score: float | None) -> None:
+    def _tell(self, step: int, score: float) -> None:
         assert self.alarm is not None
-        assert score is not None
         rules = self.alarm.calibration
         logger.warning(
             "Alarm in step %d: %s stands at %.3g, above %.3g in %d step(s) running: the policy has "

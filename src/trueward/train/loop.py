@@ -279,10 +279,15 @@ class Loop:
 
     # ---- numbers ---------------------------------------------------------------------------
 
-    def log(self, metrics: dict[str, float], *, show: Sequence[str] = ()) -> None:
-        """Write the step's metrics; `show` names those beside the progress bar."""
+    def log(
+        self, metrics: dict[str, float], *, show: Sequence[str] = (), always: bool = False
+    ) -> None:
+        """Write the step's metrics; `show` names those beside the progress bar.
+
+        Every `log_every`-th step and the last one are written, and what `always` says.
+        """
         step = self.step + 1
-        if step % self.config.log_every and step != self.total_steps:
+        if step % self.config.log_every and step != self.total_steps and not always:
             return
         self.folder.log(self.stage, step, metrics)
         if self._bar is not None:

@@ -9,6 +9,7 @@ of a minibatch; GRPO as published averages within each completion first and has 
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,12 @@ from trueward.losses.policy import (
     terminal_rewards,
     value_clip_loss,
 )
-from trueward.models.backbone import can_share_prefixes, packed_batches, row_room
+from trueward.models.backbone import (
+    can_share_prefixes,
+    layer_list,
+    packed_batches,
+    row_room,
+)
 from trueward.models.policy import Policy, ValueModel, energy_losses
 from trueward.models.reward_function import Reward, posterior_function
 from trueward.models.reward_model import RewardModel
@@ -48,6 +54,8 @@ from trueward.train.alarm import AlarmConfig, Guard, Snapshots
 from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
 from trueward.train.processes import is_main_process
 from trueward.train.signals import Monitor, Seen
+
+logger = logging.getLogger(__name__)
 
 Objective = Callable[[RewardPosterior], Tensor]
 Evaluation = Callable[[Policy, int], dict[str, float]]
@@ -203,16 +211,17 @@ def train_policy(
         can_shard=True,
     )
     metrics: dict[str, float] = {}
-    guard, asks_twice = None, True
+    guard, last_layer, asks_twice = None, None, True
     if alarm is not None and watched:
         watcher = monitor if isinstance(monitor, Monitor) else Monitor(monitor or reward)
         asks_twice = monitor is not None and watcher.posterior is not reward
         guard = _guard(alarm, watcher, policy, ref, texts, loop, config)
+        last_layer = _last_layer(policy)
     if refresh is not None and loop.accelerator.num_processes > 1:
         raise ValueError("A reward is refreshed in one process: leave refresh_every at 0.")
     for step in loop.steps():
-        if guard is not None and guard.alarm is not None and "alarm" in (loop.state or {}):
-            guard.alarm.load_state_dict(loop.state["alarm"])
+        if guard is not None and step > 1:
+            guard.load_state_dict((loop.state or {}).get("alarm", {}))
         due = (step - 1) // config.refresh_every * config.refresh_every if refresh else 0
         if refresh is not None and due > refreshed:
             posterior_of, refreshed = posterior_function(refresh(policy, due)), due
@@ -256,26 +265,29 @@ def train_policy(
         metrics |= told
         if guard is not None:
             seen = guard.monitor.see(asked, answers, posterior=None if asks_twice else scored)
-            others = _unmonitored_signals(policy, rollouts, metrics, config)
+            others = _unmonitored_signals(policy, last_layer, rollouts, metrics, config)
             per_prompt = config.completions_per_prompt
             metrics |= guard.look(
                 step, _gathered_seen(loop, drawn, seen), others, samples=per_prompt
             )
-            if guard.alarm is not None:
-                loop.state = (loop.state or {}) | {"alarm": guard.alarm.state_dict()}
+            loop.state = (loop.state or {}) | {"alarm": guard.state_dict()}
             if guard.stops:
-                loop.log(metrics)
+                loop.log(metrics, always=True)
                 break
         metrics |= _learn(rollouts, advantages, returns, loop, config, step)
         every = config.evaluate_every
         if evaluation and (step == config.steps or (every and step % every == 0)):
             with loop.whole(policy):
                 metrics |= evaluation(policy, step)
-        loop.log(metrics, show=["reward", "kl/k1", "length"])
+        raised = guard is not None and guard.raised_at == step
+        loop.log(metrics, show=["reward", "kl/k1", "length"], always=raised)
     policy.eval()
     if guard is not None and guard.stops:
         loop.accelerator.wait_for_everyone()  # the one that writes snapshots has written them
         place = guard.go_back()
+        # The summary is of the policy that the run ends with, which is not that of its last step.
+        metrics = {f"{_RAISING_STEP}{k}": v for k, v in metrics.items()}
+        metrics["alarm/raised_at"] = metrics.pop(f"{_RAISING_STEP}alarm/raised_at")
         metrics["alarm/restored"] = float(place)
         if evaluation is not None:
             metrics |= evaluation(policy, place)
@@ -320,23 +332,34 @@ def _guard(
     return Guard(alarm, monitor, monitor.see(asked, answers), snapshots)
 
 
-def _unmonitored_signals(
-    policy: Policy, rollouts: Rollouts, metrics: dict[str, float], config: PolicyConfig
-) -> dict[str, float]:
-    """Return the signals that no monitor is needed for; the energy loss where layers are known."""
-    found = {name: metrics[key] for name, key in _UNMONITORED.items()}
-    losses = torch.zeros(len(rollouts.samples))
+def _last_layer(policy: Policy) -> nn.Module | None:
+    """Return the last layer of the policy; None for a body whose list of layers cannot be told."""
     try:
-        for batch, where in sample_batches(
-            policy, rollouts.samples, range(len(rollouts.samples)), config.max_batch_tokens
-        ):
-            losses[where] = energy_losses(policy, batch).cpu()
-    except ValueError:  # a body whose list of layers cannot be told
+        return layer_list(policy.backbone)[-1]
+    except ValueError:
+        logger.warning("The policy's layers cannot be told, so that its energy loss is unknown.")
+        return None
+
+
+def _unmonitored_signals(
+    policy: Policy,
+    last_layer: nn.Module | None,
+    rollouts: Rollouts,
+    metrics: dict[str, float],
+    config: PolicyConfig,
+) -> dict[str, float]:
+    """Return the signals that no monitor is needed for."""
+    found = {name: metrics[key] for name, key in _UNMONITORED.items()}
+    if last_layer is None:
         return found
+    losses, every = torch.zeros(len(rollouts.samples)), range(len(rollouts.samples))
+    for batch, where in sample_batches(policy, rollouts.samples, every, config.max_batch_tokens):
+        losses[where] = energy_losses(policy, batch, last_layer=last_layer).cpu()
     return found | {"energy_loss": losses.mean().item()}
 
 
 _UNMONITORED = {"length": "length", "kl": "kl/k1", "logprob": "logprob"}  # signal -> metric
+_RAISING_STEP = "raising_step/"  # prefix, in a stopped run's summary, of that step's numbers
 
 
 def _rewards(

@@ -5,6 +5,7 @@ completions, the states that a reward model's head reads, log-probabilities, len
 scales of their own; `train.alarm` counts them from their values at the start of the run.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -186,26 +187,25 @@ def signals_of(seen: Seen, reference: Seen, *, samples: int) -> dict[str, float]
         reference: Of the reference policy's completions.
         samples: Completions of each prompt.
 
-    Raises:
-        ValueError: No completion has finite rewards.
+    Returns:
+        Their values, by name; NaN where no completion has finite rewards.
     """
     finite = seen.posterior.means.isfinite().all(1)
-    if not finite.any():
-        raise ValueError("The alarm's monitor gave no completion a finite reward: look at it.")
     own = seen.some(finite)
     before = reference.some(reference.posterior.means.isfinite().all(1))
-    found = {"gain": gain(own.posterior, before.posterior)}
+    found = {"gain": lambda: gain(own.posterior, before.posterior)}
     if own.posterior.members > 1:
-        found["spread"] = spread(own.posterior)
-        found["gap"] = gap(own.posterior)
-        found["spread_share"] = spread_share(own.posterior, before.posterior)
+        found["spread"] = lambda: spread(own.posterior)
+        found["gap"] = lambda: gap(own.posterior)
+        found["spread_share"] = lambda: spread_share(own.posterior, before.posterior)
     if own.posterior.members > 1 and samples > 1:
         whole = finite.view(-1, samples).all(1)
         means = seen.posterior.means.view(-1, samples, own.posterior.members)
-        found["disagreement"] = disagreement(means[whole])
+        found["disagreement"] = lambda: disagreement(means[whole])
     if own.posterior.stds is not None:
-        found["width"] = width(own.posterior)
-    if own.states is not None and before.states is not None:
-        found["drift"] = drift(own.states, before.states)
-        found["outlyingness"] = outlyingness(own.states, before.states)
-    return found
+        found["width"] = lambda: width(own.posterior)
+    states, others = own.states, before.states
+    if states is not None and others is not None:
+        found["drift"] = lambda: drift(states, others)
+        found["outlyingness"] = lambda: outlyingness(states, others)
+    return {name: value() if finite.any() else math.nan for name, value in found.items()}
