@@ -109,6 +109,7 @@ def write_page(folder: Path) -> None:
     rates = [part["machine"]["gigaflops"] for part in found.values()]
     hours = sum(part["seconds"] for part in found.values()) / 3600
     held = [row for row in rows if row.bar is not None]
+    turns = " or ".join(map(str, sorted({len(row.seconds) for row in rows})))
     missed = [row for row in held if not reached(row)]
     lines = [
         "# Performance",
@@ -120,9 +121,9 @@ def write_page(folder: Path) -> None:
         f"{', '.join(dict.fromkeys(part['machine']['commit'] for part in found.values()))}, "
         f"{where['date']}; {hours:.1f} hours.",
         "",
-        "Everything compared runs in turns in one process, on the same weights, tokens, threads",
-        "and precision (float32): 7 turns after one that warms up. A ratio is their median and its",
-        "range: how many times as fast ours is, or, where it says `cost`, how many times as long",
+        "Everything compared runs in turns in one process, on the same weights, threads and",
+        f"precision (float32): {turns} turns after one that warms up. A ratio is their median and",
+        "its range: how many times as fast ours is, or, where it says `cost`, how many times as long",
         "ours takes as the thing beside it. Memory is the peak of a process of its own, ours over",
         "the other's, Python and libraries counted in on both sides. The limit is the time that",
         "the machine's matrix products, measured in the same turns, take for operations that",
