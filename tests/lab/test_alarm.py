@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from trueward.cli import main
 from trueward.config import parse
 from trueward.data.sources import DataError
 from trueward.evaluate.alarm import true_peak
-from trueward.lab.alarm import AlarmStudyConfig, WatchedWorld, read_runs, run_alarm
+from trueward.lab.alarm import AlarmStudyConfig, WatchedWorld, read_runs, read_world, run_alarm
 from trueward.lab.exact_path import ExactPaths
 from trueward.lab.grammar import GrammarWorld
 from trueward.lab.language import LanguageConfig
@@ -145,6 +146,43 @@ def test_the_study_calibrates_on_some_seeds_and_judges_the_others(
     assert "<svg" in page
     assert "in the calibration: 2. A bound of 10 % on false alarms allows none" in page
     run_alarm(config)  # the same folder again
+
+
+def test_stored_runs_give_the_same_study_and_its_page(stored: Path, tmp_path: Path) -> None:
+    for seed in range(5):  # a stage within a stage is not counted twice
+        cell = stored / "cells" / "single" / f"seed-{seed}"
+        (cell / "summary.json").write_text('{"seconds": 30.0}')
+        (cell / "training" / "summary.json").write_text('{"seconds": 29.0}')
+    (stored / "environment.json").write_text('{"revision": "0123456789"}')
+    world = WatchedWorld(folder=str(stored), calibration_seeds=[0, 1], command="make them")
+    kept, page = tmp_path / "docs" / "kept", tmp_path / "docs" / "alarm.md"
+    first = AlarmStudyConfig(
+        output_dir=str(tmp_path / "a"), worlds={"w": world}, store=str(kept), page=str(page)
+    )
+    found = run_alarm(first)
+    text = page.read_text()
+    assert "| w | make them | 0 to 4 | 11 | 2 | 0123456 |" in text  # minutes: 5 x 30 s
+    three = "0 of 3 | 3 of 3 | 0 of 3 | 0 of 3 | 100 ± 0 "
+    assert f"| alarm | {three}| 100 ± 0 | 0 of 3 |" in text
+    assert "Gold falls where it ends more than 0.25 below" in text
+    assert (page.parent / "figures" / "alarm.png").stat().st_size > 1000
+    again = AlarmStudyConfig(
+        output_dir=str(tmp_path / "b"),
+        worlds={"w": replace(world, folder=str(kept / "w.json"))},
+        page=str(page),
+    )
+    assert run_alarm(again)["metrics"] == found["metrics"]
+    assert page.read_text() == text
+    assert (tmp_path / "a" / "runs.md").read_text() == (tmp_path / "b" / "runs.md").read_text()
+
+
+def test_a_file_that_holds_no_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere.json cannot be read"):
+        read_world("w", tmp_path / "nowhere.json")
+    for text in ("[]", "{}", '{"runs": [{"method": "a"}]}', "no JSON"):
+        (tmp_path / "w.json").write_text(text)
+        with pytest.raises(DataError, match=r"w.json holds no watched runs"):
+            read_world("w", tmp_path / "w.json")
 
 
 def test_the_exact_world_is_in_no_row_with_others(stored: Path, tmp_path: Path) -> None:

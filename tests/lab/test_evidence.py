@@ -144,7 +144,7 @@ def comparison(tmp_path: Path) -> Path:
 def test_a_comparison_is_stored_seed_by_seed_and_read_again(comparison: Path, tmp_path: Path):
     found = store("compare_rlp", comparison)
     assert found.command == "trueward compare --config recipes/compare_rlp.yaml"
-    assert (found.commit, found.seeds, found.seconds) == ("0123456", [3, 4], 120.0)
+    assert (found.commit, found.seeds, found.seconds) == ("0123456", [3, 4], 4.0)  # four cells
     assert found.methods["spg"].gold == [[0.0, 1.2346, 1.3], [0.0, 1.2346, 1.4]]
     assert found.methods["ppo"].label == "ppo"
     assert found.methods["ppo"].agreements == {

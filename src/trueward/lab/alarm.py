@@ -8,7 +8,8 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,18 @@ from trueward.evaluate.alarm import (
     judge,
     summarise_outcomes,
 )
-from trueward.lab.cells import read_evaluation
+from trueward.lab.cells import core_seconds, read_evaluation
 from trueward.lab.exact_path import ExactPaths, exact_runs
 from trueward.lab.methods import TRAINED
-from trueward.report.alarm import ALARM, ALONE, BUDGET, FIXED, Judged, alarm_report
+from trueward.report.alarm import ALARM, ALONE, BUDGET, FIXED, Judged, Made, alarm_report
 from trueward.train.alarm import PREFIX, SIGNALS, Calibration
-from trueward.train.run_folder import RunFolder, environment, finished_summary, to_plain
+from trueward.train.run_folder import (
+    RunFolder,
+    environment,
+    finished_summary,
+    to_plain,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +46,8 @@ logger = logging.getLogger(__name__)
 class WatchedWorld:
     """A comparison whose policies were watched."""
 
-    folder: str = ""  # its output_dir
+    folder: str = ""  # its output_dir, or a file of `store`
+    command: str = ""  # that made it, for the page
     # The alarm is judged on all others that are there.
     calibration_seeds: list[int] = field(default_factory=list)
 
@@ -54,6 +62,8 @@ class AlarmStudyConfig:
     signals: list[str] = field(default_factory=lambda: list(SIGNALS))  # that the alarm may use
     window: int = 5  # steps that signals are counted from
     max_false_alarms: float = 0.1  # share of the calibration's runs with gold as reward
+    store: str = ""  # folder that the runs are also written to, a file for each world; empty: none
+    page: str = ""  # Markdown with all tables, its figure in `figures` beside it; empty: none
     shown: str = ""  # the world whose first judged seed the figure shows; empty: the first
     title: str = ""  # of the report
 
@@ -70,7 +80,7 @@ class AlarmStudyConfig:
 
 
 def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
-    """Calibrate, judge, and write `warn.json`, `stop.json`, tables, `outcomes.json`, a page.
+    """Calibrate, judge, and write `warn.json`, `stop.json`, tables, `outcomes.json`, a report.
 
     A world that lacks a signal which a chosen rule reads is judged by rules of its own, from the
     same runs and the signals that it has (`warn_WORLD.json`, `stop_WORLD.json`).
@@ -78,7 +88,11 @@ def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
     Raises:
         DataError: A folder holds no watched runs, or no seeds are left for one of the two parts.
     """
-    runs = {name: read_runs(name, Path(world.folder)) for name, world in config.worlds.items()}
+    read = {name: read_world(name, Path(one.folder)) for name, one in config.worlds.items()}
+    if config.store:
+        for name, one in read.items():
+            store_world(one, Path(config.store) / f"{name}.json")
+    runs = {name: one.runs for name, one in read.items()}
     own_seeds = {name: world.calibration_seeds for name, world in config.worlds.items()}
     if config.exact.seeds:
         runs[_EXACT], own_seeds[_EXACT] = exact_runs(config.exact), config.exact.calibration_seeds
@@ -103,13 +117,13 @@ def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
     by_world = dict.fromkeys(runs, rules)
     for name, some in runs.items():
         known = set.intersection(*(set(run.signals) for run in some))
-        read = {
+        wanted = {
             signal
             for found in (*rules["warn"].values(), *rules["stop"].values())
             if isinstance(found.rule, Calibration)
             for signal in found.rule.weights
         }
-        if read - known:
+        if wanted - known:
             by_world[name] = _rules(config, chosen, [s for s in config.signals if s in known])
     apart = {f"_{name}": own for name, own in by_world.items() if own is not rules}
     for name, own in ({"": rules} | apart).items():
@@ -127,6 +141,8 @@ def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
         max_false_alarms=config.max_false_alarms,
         apart=_EXACT,
         example=_example(config, others),
+        markdown_page=Path(config.page) if config.page else None,
+        made=[_made(one, config.worlds[name].command) for name, one in read.items()],
         title=config.title or "An alarm without gold",
         config_text=yaml.safe_dump(to_plain(config), sort_keys=False),
         environment=environment(),
@@ -178,6 +194,79 @@ def _judged(runs: Sequence[WatchedRun], by_world: dict[str, Rules]) -> Judged:
             for kind, one in found.items():
                 judged[aim].setdefault(kind, []).append(judge(run, one.rule))
     return judged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """The runs of a world, and what they took."""
+
+    runs: list[WatchedRun]
+    commit: str
+    date: str
+    seconds: float  # by the clocks of all stages, added up
+
+
+def read_world(name: str, source: Path) -> Watched:
+    """Return the watched runs of a comparison's folder, or of a file of `store_world`.
+
+    Raises:
+        DataError: See `read_runs`; or the file holds something else.
+    """
+    if source.suffix == ".json":
+        try:
+            found = json.loads(source.read_text("utf-8"))
+            runs = [
+                WatchedRun(world=name, **run | {"halves": [(a, b) for a, b in run["halves"]]})
+                for run in found.pop("runs")
+            ]
+            return Watched(runs=runs, **found)
+        except OSError as error:
+            raise DataError(f"The runs {source} cannot be read: {error.strerror}.") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{source} holds no watched runs: {error}") from error
+    runs = read_runs(name, source)
+    made = source / "environment.json"
+    revision = json.loads(made.read_text("utf-8"))["revision"] if made.exists() else None
+    return Watched(
+        runs=runs,
+        commit=str(revision or "")[:7],
+        date=date.fromtimestamp((source / "config.yaml").stat().st_mtime).isoformat(),
+        seconds=core_seconds(source),
+    )
+
+
+def store_world(watched: Watched, file: Path) -> None:
+    """Write the runs of a world to one JSON file, a line for each, small enough for git."""
+    lines = []
+    for run in watched.runs:
+        plain = asdict(run)
+        plain.pop("world")
+        lines.append(json.dumps(_rounded(plain)))
+    head = json.dumps({k: v for k, v in asdict(watched).items() if k != "runs"})[:-1]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, f'{head}, "runs": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Keep five significant digits of every float."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _made(watched: Watched, command: str) -> Made:
+    seeds = sorted({run.seed for run in watched.runs})
+    return Made(
+        world=watched.runs[0].world,
+        command=command,
+        seeds=seeds,
+        runs=len(watched.runs),
+        seconds=watched.seconds,
+        commit=watched.commit,
+        date=watched.date,
+    )
 
 
 def read_runs(world: str, folder: Path) -> list[WatchedRun]:

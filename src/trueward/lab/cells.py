@@ -295,6 +295,20 @@ def write_result(run: RunFolder, folder: Path, result: SeedRun) -> None:
     )
 
 
+def core_seconds(folder: Path) -> float:
+    """Return what all finished stages in a comparison's folder took together, each once.
+
+    The comparison's own seconds are those of a clock, and know nothing of a killed call.
+    """
+    stages = [file.parent for file in folder.glob("*/**/summary.json")]
+    inner = {stage for stage in stages if any(other in stage.parents for other in stages)}
+    return sum(
+        json.loads((stage / "summary.json").read_text("utf-8")).get("seconds", 0.0)
+        for stage in stages
+        if stage not in inner
+    )
+
+
 def read_result(folder: Path) -> SeedRun | None:
     """Return a finished cell's result, None where it is not finished."""
     if finished_summary(folder) is None:

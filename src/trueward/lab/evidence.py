@@ -21,9 +21,15 @@ from matplotlib.figure import Figure
 
 from trueward.data.sources import DataError
 from trueward.evaluate.comparison import Estimate, SeedRun, estimate_of
-from trueward.lab.cells import read_result
+from trueward.lab.cells import core_seconds, read_result
 from trueward.lab.plan import cell_folder
-from trueward.report.figures import save_figure, settle_layout, several_dots_figure
+from trueward.report.figures import (
+    Curve,
+    overoptimization_figure,
+    save_figure,
+    settle_layout,
+    several_dots_figure,
+)
 from trueward.report.numbers import decimal
 from trueward.train.run_folder import write_text
 
@@ -57,7 +63,7 @@ class Stored:
     commit: str
     date: str
     seeds: list[int]
-    seconds: float  # of all cells and what they stand on, one core
+    seconds: float  # by the clocks of all stages, added up
     methods: dict[str, StoredMethod]
 
 
@@ -122,8 +128,12 @@ def run_evidence(config: EvidenceConfig) -> dict[str, str]:
     page = Path(config.page)
     page.parent.mkdir(parents=True, exist_ok=True)
     findings = {claim.name: [measure(c, stored) for c in claim.contrasts] for claim in CLAIMS}
-    save_figure(settle_layout(_figure(findings)), page.parent / "figures" / "evidence")
-    (page.parent / "figures" / "evidence.pdf").unlink()  # of no use beside a page in Markdown
+    figures = {"evidence": _figure(findings)}
+    if _GRAMMAR in stored:
+        figures["gold_by_reward"] = _gold_figure(stored[_GRAMMAR])
+    for name, figure in figures.items():
+        _, pdf = save_figure(settle_layout(figure), page.parent / "figures" / name)
+        pdf.unlink()  # of no use beside a page in Markdown
     write_text(page, evidence_page(stored, findings))
     return {claim.name: verdict_of(findings[claim.name]) for claim in CLAIMS}
 
@@ -160,7 +170,7 @@ def store(recipe: str, folder: Path) -> Stored:
         commit=str(environment["revision"] or "")[:7],
         date=date.fromtimestamp(summary.stat().st_mtime).isoformat(),
         seeds=seeds,
-        seconds=json.loads(summary.read_text("utf-8"))["seconds"],
+        seconds=core_seconds(folder),
         methods=methods,
     )
 
@@ -290,7 +300,7 @@ def evidence_page(stored: dict[str, Stored], findings: dict[str, list[Finding]])
         ]
     lines += [
         "## The comparisons",
-        "| name | what | command | seeds | minutes of one core | commit | date |",
+        "| name | what | command | seeds | minutes, stages added up | commit | date |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, one in stored.items():
@@ -329,6 +339,32 @@ def _figure(findings: dict[str, list[Finding]]) -> Figure:
     return several_dots_figure(
         drawn, title="Claims held against measurements", x_label="beyond the bound", middle=0.0
     )
+
+
+_DRAWN = ("single", "mean", "worst_case", "uwo", "mix_4", "warm", "worst_kl", "gold")
+
+
+def _gold_figure(stored: Stored) -> Figure:
+    """Draw gold over the steps of some trained policies: means over seeds, peaks as rings."""
+    drawn = {}
+    for name in _DRAWN:
+        method = stored.methods.get(name)
+        if method is not None:
+            means = [statistics.fmean(column) for column in zip(*method.gold, strict=True)]
+            curve = Curve(name=method.label, x=method.places, y=means)
+            drawn[method.label] = (curve, None)
+    return overoptimization_figure(
+        drawn,
+        title=f"Gold while policies learn to please a reward, mean of {len(stored.seeds)} seeds",
+        x_label="step",
+        y_label="gold (std of the reference's answers)",
+        x_scale="linear",
+        y_range=_SHOWN,
+        size=(6.5, 4.2),
+    )
+
+
+_SHOWN = (-3.0, 2.5)  # what falls further leaves the figure
 
 
 def _towards(contrast: Contrast, estimate: Estimate) -> Estimate:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from trueward.evaluate.alarm import (
     true_peak,
 )
 from trueward.evaluate.comparison import Estimate
-from trueward.report.figures import Curve, Mark, marked_figure
+from trueward.report.figures import Curve, Mark, marked_figure, save_figure, settle_layout
 from trueward.report.html import Details, PanelsHtml, Section, Table, render_report
 from trueward.report.keeper import Keeper
 from trueward.report.numbers import Cell, decimal
@@ -32,6 +32,19 @@ from trueward.train.run_folder import write_text
 ALARM, BUDGET, FIXED = "alarm", "KL budget", "fixed steps"  # kinds of rules
 ALONE = "no bound"  # on false alarms, of a rival
 Judged = Mapping[Aim, Mapping[str, Sequence[Outcome]]]  # by aim and kind of rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What made the runs of a world."""
+
+    world: str
+    command: str
+    seeds: Sequence[int]
+    runs: int
+    seconds: float  # by the clocks of all stages, added up
+    commit: str
+    date: str
 
 
 def alarm_report(
@@ -47,6 +60,8 @@ def alarm_report(
     title: str,
     config_text: str,
     environment: Mapping[str, Any],
+    markdown_page: Path | None = None,
+    made: Sequence[Made] = (),
 ) -> Path:
     """Write `report.html`, `table.md`, `runs.md`, `outcomes.json` and `figures/`.
 
@@ -62,9 +77,11 @@ def alarm_report(
         title: The page's heading.
         config_text: The configuration, shown verbatim.
         environment: Versions and device.
+        markdown_page: Where to write the same in Markdown; None for nowhere.
+        made: What made the runs, for that page.
 
     Returns:
-        The page's path.
+        The report's path.
     """
     root = Path(folder)
     inside, outside = (
@@ -111,6 +128,19 @@ def alarm_report(
     )
     texts = [*map(markdown, tables), *([_APART] if others else []), *map(markdown, others)]
     write_text(root / "table.md", "\n\n".join(texts) + "\n")
+    if markdown_page is not None:
+        parts = [f"# {title}", _lead(inside), _alarms(rules, calibration, max_false_alarms)]
+        if example:
+            drawing = example_figure(example, judged, title=_example_title(example))
+            image = save_figure(settle_layout(drawing), markdown_page.parent / "figures" / "alarm")
+            image[1].unlink()  # the PDF: of no use beside a page in Markdown
+            parts.append(f"![Gold, its peak and the alarm](figures/alarm.png)\n\n{_MARKS}")
+        parts += ["## Results", *map(_captioned, tables)]
+        parts += [f"## The world {apart}\n{_APART}", *map(_captioned, others)] if others else []
+        parts += ["## Every run", _captioned(every), _captioned(own)]
+        parts += ["## What made the runs", _captioned(_made_table(made))] if made else []
+        markdown_page.parent.mkdir(parents=True, exist_ok=True)
+        write_text(markdown_page, "\n\n".join(parts) + "\n")
     write_text(root / "runs.md", markdown(every) + "\n")
     plain = {
         "rules": {
@@ -374,16 +404,58 @@ def _same(o: Outcome, run: WatchedRun) -> bool:
     return (o.world, o.method, o.seed) == (run.world, run.method, run.seed)
 
 
+def _captioned(table: Table) -> str:
+    """Return a table in Markdown with its caption and its notes."""
+    return "\n\n".join(part for part in (table.caption, markdown(table), table.notes) if part)
+
+
+_MARKS = (
+    "Dotted: the true peak, where gold falls; solid: where the alarm warns; dashed: the policy "
+    "that an alarm which stops goes back to."
+)
+
+
+def _example_title(example: Sequence[WatchedRun]) -> str:
+    return f"World {example[0].world}, seed {example[0].seed}"
+
+
+def _made_table(made: Sequence[Made]) -> Table:
+    rows: list[list[Cell]] = [
+        [
+            one.world,
+            one.command,
+            _seeds(one.seeds),
+            one.runs,
+            decimal(one.seconds / 60, 0),
+            one.commit,
+            one.date,
+        ]
+        for one in made
+    ]
+    columns = ["world", "command", "seeds", "runs", "minutes, stages\nadded up", "commit", "date"]
+    return Table(columns=columns, rows=rows, caption="The stored runs.")
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """Write 100 to 103, 200 to 209."""
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(f"{p[0]} to {p[-1]}" if len(p) > 1 else f"{p[0]}" for p in parts)
+
+
 def _drawn(keep: Keeper, example: Sequence[WatchedRun], judged: Judged) -> list[PanelsHtml]:
     if not example:
         return []
     run = example[0]
-    title = f"World {run.world}, seed {run.seed}"
+    title = _example_title(example)
     panels = {one.method: example_figure([one], judged) for one in example}
     caption = (
         f"Smoothed gold over the steps of seed {run.seed} in the world {run.world}, by the reward "
-        "that was optimised. Dotted: the true peak, where gold falls; solid: where the alarm "
-        "warns; dashed: the policy that an alarm which stops goes back to."
+        f"that was optimised. {_MARKS}"
     )
     whole = example_figure(example, judged, title=title)
     return [keep.panels("gold_and_alarm", whole, panels, caption)]
