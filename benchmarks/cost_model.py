@@ -44,11 +44,10 @@ SEVEN_B = DecoderShape(
     layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, vocabulary=32000
 )
 LARGE = StepShape(prompts=128, samples=8, prompt_tokens=512, completion_tokens=512)
-# An H100's sheet: 989 TFLOP/s of bfloat16, 67 of float32, 3.35 TB/s; 450 GB/s within a machine of
+# An H100's sheet: 989 TFLOP/s of bfloat16, 3.35 TB/s; 450 GB/s within a machine of
 # 8, 50 GB/s between. What is taken of it: 40 % of products, 60 % of memory, 70 % of links. Assumed.
 H100 = Machine(
     rate=0.4 * 989e12,
-    float32_rate=0.4 * 67e12,
     memory_rate=0.6 * 3.35e12,
     link_rate=0.7 * 450e9,
     processes=8,
@@ -147,8 +146,8 @@ def predicted() -> list[str]:
         f"completions of {LARGE.completion_tokens}, sharded weights, {LARGE.batch_tokens} tokens a",
         "micro-batch;",
         "H100s of which 40 % of the products, 60 % of memory's rate and 70 % of the links are",
-        "reached (assumed); policies write in float32. Seconds of a step and its parts; GB that",
-        "each process holds at its peak, of which the reward. A card has 80.",
+        "reached (assumed), all in bfloat16 but the optimiser. Seconds of a step and its parts; GB",
+        "that each process holds at its peak, of which the reward. A card has 80.",
         "",
         "| GPUs | reward | step | write | reward | observe | learn | send | GB | of the reward |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

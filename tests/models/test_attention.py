@@ -3,17 +3,23 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trueward.data.packing import Group, PackedBatch, pack, pad
+from trueward.data.packing import Group, PackedBatch, pack, pad, shared_prefix_mask
 from trueward.models.attention import (
     Pieces,
     RowLayout,
+    attends_in_blocks,
     attends_in_pieces,
+    block_mask,
     layouts_of,
     shared_prefix_attention,
+    use_block_masks,
     use_whole_masks,
 )
 from trueward.models.backbone import can_share_prefixes, hidden_states, row_room
+from trueward.models.lora_ensemble import _Pass
 from trueward.testing import random_groups, tiny_backbone
 
 GROUPS = [
@@ -173,3 +179,84 @@ def test_layers_that_are_computed_again_by_others_get_no_pieces():
     backbone = tiny_backbone()
     backbone.layers[0].gradient_checkpointing = True
     assert not attends_in_pieces(backbone)
+
+
+# ---- blocks ------------------------------------------------------------------------------------
+
+
+def test_a_block_mask_sees_what_the_square_mask_sees():
+    batch = pack(GROUPS, pad_id=0)
+    rows, seq = batch.segments.shape
+    blocks = block_mask(batch)
+    expected = shared_prefix_mask(batch.segments) == 0
+    seen = create_mask(blocks.mask_mod, rows, None, seq, seq, device="cpu")
+    assert torch.equal(seen, expected)
+    # Members of an ensemble have the same rows one after the other.
+    seen = create_mask(blocks.mask_mod, 2 * rows, None, seq, seq, device="cpu")
+    assert torch.equal(seen, expected.repeat(2, 1, 1, 1))
+
+
+def test_members_get_a_copy_of_the_blocks():
+    long = [Group([5] * 200, [[6] * 90, [7] * 90]), Group([5] * 20, [[6] * 3])]
+    blocks = block_mask(pack(long, pad_id=0))
+    copies = _Pass(members=3, rows=2, seq=380)._repeat(blocks)
+    assert copies.shape == (6, 1, 380, 380)
+    assert torch.equal(copies.kv_num_blocks, blocks.kv_num_blocks.repeat(3, 1, 1))
+    assert torch.equal(copies.kv_indices, blocks.kv_indices.repeat(3, 1, 1, 1))
+
+
+def test_blocks_are_used_where_they_were_asked_for_and_can_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    backbone, batch = tiny_backbone(), pack(GROUPS, pad_id=0)
+    assert can_share_prefixes(backbone)
+    expected = hidden_states(backbone, batch)
+    use_block_masks(nn.ModuleList([backbone]))
+    assert attends_in_blocks(backbone)
+    given = []
+
+    def flex(module, query, key, value, attention_mask, scaling, **_):
+        given.append(attention_mask)
+        rows, seq = query.shape[0], query.shape[2]
+        mask = create_mask(attention_mask.mask_mod, rows, None, seq, seq, device="cpu")
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", flex)
+    own = batch.segments >= 0
+    torch.testing.assert_close(hidden_states(backbone, batch)[own], expected[own])
+    assert [type(mask) for mask in given] == [BlockMask] * 2  # one for each layer
+    assert backbone.config._attn_implementation == "sdpa"
+    assert can_share_prefixes(backbone)  # asked again, of the blocks
+    assert len(given) > 2
+    use_whole_masks(backbone)
+    assert not attends_in_blocks(backbone)
+    torch.testing.assert_close(hidden_states(backbone, batch)[own], expected[own])
+
+
+def test_where_blocks_fail_square_masks_are_used_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken(*_: object, **__: object):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", broken)
+    backbone = tiny_backbone()
+    use_block_masks(backbone)
+    assert can_share_prefixes(backbone)
+    assert not attends_in_blocks(backbone)
+    assert "FlexAttention refused a packed row (RuntimeError): square masks" in caplog.text
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_states_of_the_square_mask():
+    backbone, batch = tiny_backbone().eval(), pack(GROUPS, pad_id=0)
+    own = batch.segments >= 0
+    with torch.no_grad():
+        expected = square(backbone, batch)[own]
+        use_block_masks(backbone)
+        assert attends_in_blocks(backbone)
+        found = hidden_states(backbone, batch)[own]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -388,3 +388,26 @@ def test_exact_token_kl_of_the_reference_itself_is_zero(tokenizer: PreTrainedTok
     batch = pad([Group([3, 4], [[5, 6, 7], [8]])], pad_id=0)
     kl = exact_token_kl(policy, policy.frozen_copy(), batch)
     assert torch.equal(kl, torch.zeros(2, 3))
+
+
+def test_a_rounded_copy_writes_what_the_policy_would(tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = policy_of(tokenizer)
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
+    copied = policy.rounded_copy(torch.bfloat16)
+    assert {p.dtype for p in copied.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in copied.parameters())
+    frequencies = dict(copied.model.named_buffers())["model.rotary_emb.inv_freq"]
+    assert frequencies.dtype == torch.float32
+    for name, value in policy.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name])
+    own = copied.model.lm_head.weight
+    torch.testing.assert_close(own.float(), policy.model.lm_head.weight, rtol=2**-8, atol=0)
+    batch = pack(GROUPS, pad_id=0)
+    found = copied(batch.to("cpu", torch.bfloat16)).logprobs
+    torch.testing.assert_close(found, policy(batch).logprobs, atol=0.1, rtol=0.05)
+
+
+def test_tied_weights_stay_tied_in_a_rounded_copy(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = policy_of(tokenizer, tie_word_embeddings=True).rounded_copy(torch.bfloat16).model
+    assert model.lm_head.weight is model.get_input_embeddings().weight

@@ -80,12 +80,12 @@ def test_writing_is_bound_by_operations_or_by_reading():
     prompts = 2 * TINY.body * 12 / 1e6
     tokens = 5 * 6 * (2 * TINY.body + 2 * 80) / 1e6
     assert generation_seconds(TINY, STEP, CPU) == pytest.approx(prompts + tokens)
-    halved = replace(CPU, rate=1e9, float32_rate=1e6)  # it writes in float32
-    assert generation_seconds(TINY, STEP, halved) == pytest.approx(prompts + tokens)
     cache = 2 * 2 * 4 * 6 * (4 + 3) * 4
     reading = 5 * ((TINY.body + 80) * 4 + cache) / 1e6
     fast_products = replace(CPU, rate=1e30, memory_rate=1e6)
     assert generation_seconds(TINY, STEP, fast_products) == pytest.approx(reading)
+    halved = replace(fast_products, compute_bytes=2)
+    assert generation_seconds(TINY, STEP, halved) == pytest.approx(reading / 2)
     in_chunks = replace(STEP, batch_tokens=1)
     cache = 2 * 2 * 4 * 2 * (4 + 3) * 4
     reading = 3 * 5 * ((TINY.body + 80) * 4 + cache) / 1e6
@@ -136,7 +136,12 @@ def test_memory_by_hand():
     few = replace(STEP, batch_tokens=1)
     deep = memory_bytes(TINY, TINY, few, machine, members=5, family="deep", sharded=True)
     assert deep["rewards"] == 5 * 2 * TINY.weights
-    assert deep["writing"] == 4 * TINY.weights + 2 * 2 * 4 * 2 * 10 * 4  # lent, and two rows' cache
+    assert deep["copying"] == (4 + 2) * TINY.weights  # lent, and the copy that writes
+    whole = memory_bytes(TINY, TINY, few, CPU, sharded=True)
+    assert whole["writing"] == 4 * TINY.weights + 2 * 2 * 4 * 2 * 10 * 4  # lent, two rows' cache
+    many = replace(few, samples=100, batch_tokens=1)  # no gradients: the cache is all
+    copied = memory_bytes(TINY, TINY, many, machine, sharded=True)
+    assert copied["writing"] == 2 * TINY.weights + 2 * 2 * 4 * 100 * 10 * 2
     assert memory_bytes(TINY, TINY, few, machine)["trained"] == 16 * TINY.weights
     lora = memory_bytes(TINY, TINY, few, machine, members=5, family="lora", adapted=0.5, rank=1)
     # Queries and output 8 + 8 each, keys and values 8 + 4, the MLP's 8 + 16; half of 2 layers.

@@ -162,3 +162,14 @@ def test_tensorboard_tracker_receives_the_metrics(tmp_path: Path):
         loop.update()
         loop.log({"loss": 1.0})
     assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_flex_attention_is_for_a_gpu():
+    with pytest.raises(ValueError, match="no gradients on a CPU"):
+        Loop(LoopConfig(flex_attention=True), total_steps=1, modules={}, stage="line")
+
+
+def test_sharded_layers_are_not_compiled():
+    config = LoopConfig(compile_layers=True, sharding="full")
+    with pytest.raises(ValueError, match="compile_layers is not for sharded weights"):
+        Loop(config, total_steps=1, modules={}, stage="line", can_shard=True)

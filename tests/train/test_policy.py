@@ -351,3 +351,37 @@ def test_a_critic_that_cannot_read_packed_rows_gets_rows_of_their_own():
         for some in (together, apart)
     ]
     torch.testing.assert_close(*flat, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("bf16", "rounded"), [(True, True), (True, False), (False, True)])
+def test_a_rounded_copy_writes_with_bf16_on_an_accelerator(
+    bf16: bool, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is none here: the question whether there is one is answered for it."""
+    writers, scored = [], []
+
+    def seen(policy: Policy, *args: Any, **kwargs: Any) -> list[Sample]:
+        writers.append(policy)
+        return sample(policy, *args, **kwargs)
+
+    def paid(prompts: list[Any], completions: list[Any]) -> Tensor:
+        scored.append(torch.is_autocast_enabled("cpu"))
+        return torch.tensor([float(len(str(c))) for c in completions])
+
+    monkeypatch.setattr(policy_module, "sample", seen)
+    monkeypatch.setattr(policy_module, "_writes_rounded", lambda _: rounded)
+    policy = new_policy()
+    config = PolicyConfig(
+        algorithm="rloo",
+        steps=1,
+        prompts_per_step=2,
+        completions_per_prompt=2,
+        max_new_tokens=4,
+        bf16=bf16,
+        progress=False,
+    )
+    train_policy(policy, paid, tiny_texts(2), config)
+    dtypes = {p.dtype for writer in writers for p in writer.parameters()}
+    assert dtypes == {torch.bfloat16 if bf16 and rounded else torch.float32}
+    assert scored == [bf16]
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}

@@ -107,6 +107,17 @@ class PackedBatch:
         )
 
 
+def sees(
+    segment: Int[Tensor, "..."],
+    other: Int[Tensor, "..."],
+    column: Int[Tensor, "..."],
+    other_column: Int[Tensor, "..."],
+) -> Bool[Tensor, "..."]:
+    """Tell whether a token looks at another, from their segments and columns (broadcast)."""
+    inside = (segment >= 0) & (other >= 0) & ((other == 0) | (other == segment))
+    return (inside & (other_column <= column)) | (other_column == column)
+
+
 def shared_prefix_mask(
     segments: Int[Tensor, "row seq"], *, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "row 1 seq seq"]:
@@ -116,11 +127,8 @@ def shared_prefix_mask(
     token sees earlier tokens of the prompt and of its own segment. Padding sees itself, because a
     row that sees nothing would be NaN; so would one of -inf, which float32's lowest is in float16.
     """
-    seq = segments.shape[1]
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=segments.device).tril()
-    query, key = segments[:, :, None], segments[:, None, :]
-    visible = causal & (key >= 0) & (query >= 0) & ((key == 0) | (key == query))
-    visible |= torch.eye(seq, dtype=torch.bool, device=segments.device)
+    columns = torch.arange(segments.shape[1], device=segments.device)
+    visible = sees(segments[:, :, None], segments[:, None, :], columns[:, None], columns)
     mask = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 

@@ -3,7 +3,8 @@
 A packed row of a prompt and k completions has a square mask of which most is empty: each completion
 sees the prompt and itself. Taken apart, the prompt attends to itself and each completion to both,
 which a row of 256 + 8 x 64 tokens does with a third of the square's operations. Pieces are many
-small calls, which suit a CPU; on an accelerator the mask stays.
+small calls, which suit a CPU; on an accelerator the mask stays, or FlexAttention takes a mask by
+blocks and leaves out those that nobody sees.
 """
 
 import contextlib
@@ -15,11 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trueward.data.packing import PackedBatch
+from trueward.data.packing import PackedBatch, sees
 
 
 class RowLayout(NamedTuple):
@@ -49,13 +51,18 @@ def layouts_of(batch: PackedBatch) -> list[RowLayout]:
 
 
 @contextlib.contextmanager
-def in_pieces(backbone: nn.Module, batch: PackedBatch) -> Iterator[Tensor]:
-    """Let the backbone attend in pieces while the context lasts, where it can.
+def in_pieces(backbone: nn.Module, batch: PackedBatch) -> Iterator[Tensor | BlockMask]:
+    """Let the backbone attend in pieces or in blocks while the context lasts, where it can.
 
-    Yields the mask to hand to it: the batch's own, or an empty one that carries the layout. A model
+    Yields the mask to hand to it: the batch's own, one by blocks, or an empty one that carries the
+    layout. A model
     that does something to its mask loses the layout and fails, since there is nothing to fall back
     on; `models.backbone.can_share_prefixes` finds that out and has whole masks used.
     """
+    if batch.packed and attends_in_blocks(backbone):
+        with _attending(backbone, "flex_attention"):
+            yield block_mask(batch)
+        return
     short = batch.input_ids.shape[1] < _PIECES_FROM
     if short or not (batch.packed and attends_in_pieces(backbone)):
         yield batch.attention_mask
@@ -65,10 +72,16 @@ def in_pieces(backbone: nn.Module, batch: PackedBatch) -> Iterator[Tensor]:
     shapes = {(layout.prompt, length) for layout in layouts for length in layout.completions}
     masks = {shape: _completion_mask(*shape) for shape in shapes}
     mask._trueward_pieces = Pieces(layouts, masks)  # type: ignore[attr-defined]
-    config = _text_config(_base(backbone))
-    config._attn_implementation = _NAME
-    try:
+    with _attending(backbone, _NAME):
         yield mask
+
+
+@contextlib.contextmanager
+def _attending(backbone: nn.Module, implementation: str) -> Iterator[None]:
+    config = _text_config(_base(backbone))
+    config._attn_implementation = implementation
+    try:
+        yield
     finally:
         config._attn_implementation = "sdpa"
 
@@ -81,15 +94,69 @@ def attends_in_pieces(backbone: nn.Module) -> bool:
         and inner.device.type == "cpu"
         and getattr(inner, "_supports_attention_backend", False)
         and not getattr(inner, "_trueward_whole_masks", False)
-        # The layers are computed again in the backward pass, when the attention is SDPA's again.
-        and not any(getattr(m, "gradient_checkpointing", False) for m in inner.modules())
-        and _text_config(inner)._attn_implementation == "sdpa"
+        and _can_switch(inner)
     )
 
 
+def attends_in_blocks(backbone: nn.Module) -> bool:
+    """Tell whether FlexAttention was asked for (`use_block_masks`) and can be had."""
+    inner = _base(backbone)
+    return bool(
+        isinstance(inner, PreTrainedModel)
+        and getattr(inner, "_trueward_block_masks", False)
+        and getattr(inner, "_supports_flex_attn", False)
+        and _can_switch(inner)
+    )
+
+
+def _can_switch(inner: PreTrainedModel) -> bool:
+    # Checkpointed layers are computed again in the backward pass, when attention is SDPA's again.
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in inner.modules())
+    return not checkpointed and _text_config(inner)._attn_implementation == "sdpa"
+
+
 def use_whole_masks(backbone: nn.Module) -> None:
-    """Never attend in pieces in this backbone again."""
-    _base(backbone)._trueward_whole_masks = True  # type: ignore[assignment]
+    """Never attend in pieces or blocks in this backbone again."""
+    inner: Any = _base(backbone)
+    inner._trueward_whole_masks, inner._trueward_block_masks = True, False
+
+
+def use_block_masks(module: nn.Module) -> None:
+    """Let packed rows go through FlexAttention in all language models within a module.
+
+    It is compiled for each, in a minute or so; on a CPU it has no gradients.
+    """
+    for inner in module.modules():
+        if isinstance(inner, PreTrainedModel):
+            found: Any = inner
+            found._trueward_block_masks = True
+            if getattr(inner, "_trueward_shares_prefixes", False):
+                found._trueward_shares_prefixes = None  # is asked again, of the blocks
+
+
+def block_mask(batch: PackedBatch) -> BlockMask:
+    """Return the mask of packed rows by blocks, for FlexAttention (torch.nn.attention).
+
+    Members of a LoRA ensemble come one after the other, each with all rows: rows start anew.
+    """
+    segments = batch.segments
+    rows, seq = segments.shape
+
+    def seen_by(row: Tensor, head: Tensor, column: Tensor, other: Tensor) -> Tensor:
+        del head
+        return sees(segments[row % rows, column], segments[row % rows, other], column, other)
+
+    device = segments.device.type
+    return create_block_mask(
+        # The number of its arguments is looked at, which whatever wraps a function may hide.
+        lambda row, head, column, other: seen_by(row, head, column, other),
+        B=rows,
+        H=None,
+        Q_LEN=seq,
+        KV_LEN=seq,
+        device=device,
+        _compile=device != "cpu",
+    )
 
 
 def _base(backbone: nn.Module) -> nn.Module:

@@ -21,7 +21,12 @@ from trueward.data.packing import (
     row_tokens,
     token_budget_batches,
 )
-from trueward.models.attention import attends_in_pieces, in_pieces, use_whole_masks
+from trueward.models.attention import (
+    attends_in_blocks,
+    attends_in_pieces,
+    in_pieces,
+    use_whole_masks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +62,14 @@ def can_share_prefixes(backbone: PreTrainedModel | PeftModel) -> bool:
     (every token sees every other), recurrent models and windowed attention fail it or are refused;
     a message says so once, and the caller computes unpacked.
     """
-    known: bool | None = getattr(backbone, "_trueward_shares_prefixes", None)
+    inner = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
+    known: bool | None = getattr(inner, "_trueward_shares_prefixes", None)
     if known is not None:
         return known
     reason = _refusal(backbone)
-    if reason and attends_in_pieces(backbone):
+    if reason and (attends_in_pieces(backbone) or attends_in_blocks(backbone)):
+        if attends_in_blocks(backbone):
+            logger.warning("FlexAttention %s: square masks are used instead.", reason)
         use_whole_masks(backbone)
         reason = _refusal(backbone)
     if reason:
@@ -70,7 +78,7 @@ def can_share_prefixes(backbone: PreTrainedModel | PeftModel) -> bool:
             type(backbone).__name__,
             reason,
         )
-    backbone._trueward_shares_prefixes = not reason  # type: ignore[assignment]
+    inner._trueward_shares_prefixes = not reason  # type: ignore[assignment]
     return not reason
 
 
@@ -197,6 +205,17 @@ def batch_budget(backbone: PreTrainedModel | PeftModel, max_tokens: int) -> dict
 
 
 _CPU_TOKENS = 2048  # of a call
+
+
+def compile_layers(module: nn.Module) -> None:
+    """Let torch.compile compile the layers of all language models within a module, in place.
+
+    Layers of one kind share their code, so that this takes no longer for a deep model.
+    """
+    for inner in module.modules():
+        if isinstance(inner, PreTrainedModel) and inner.base_model is inner:
+            for layer in layer_list(inner):
+                layer.compile(dynamic=True)
 
 
 def layer_list(backbone: PreTrainedModel | PeftModel) -> nn.ModuleList:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -342,6 +343,9 @@ class _Pass:
     def _repeat(self, value: Any) -> Any:
         if isinstance(value, tuple | list):
             return type(value)(map(self._repeat, value))
+        if isinstance(value, BlockMask):
+            where = torch.arange(self.rows, device=value.kv_num_blocks.device)
+            return value[where.repeat(self.members)]
         if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] != self.rows:
             return value
         if id(value) not in self.repeated:

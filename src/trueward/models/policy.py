@@ -156,6 +156,17 @@ class Policy(nn.Module):
         ref = Policy(copy.deepcopy(self.model), self.tokenizer)
         return ref.requires_grad_(False).eval()
 
+    def rounded_copy(self, dtype: torch.dtype) -> "Policy":
+        """Return a copy with rounded weights to write with: no float32 copy is made on the way.
+
+        Buffers (rotary frequencies, say) keep their precision.
+        """
+        rounded: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False)
+            for p in self.model.parameters()
+        }
+        return Policy(copy.deepcopy(self.model, rounded), self.tokenizer).eval()
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write model (adapters merged) and tokenizer as a Hugging Face folder."""
         merged(self.model).save_pretrained(path)

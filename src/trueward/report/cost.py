@@ -64,8 +64,6 @@ class Machine:
     link_rate: float = 0.0  # bytes a second, sent by each process
     processes: int = 1
     compute_bytes: int = 4  # 2 where products are in bfloat16
-    # Of float32, in which policies write whatever else is in bfloat16; 0 for the same.
-    float32_rate: float = 0.0
     in_pieces: bool = True  # attention of packed rows: a CPU's way; else the square of each row
 
 
@@ -152,18 +150,19 @@ def rows_at_once(step: StepShape, machine: Machine) -> tuple[int, int]:
 
 
 def generation_seconds(model: DecoderShape, step: StepShape, machine: Machine) -> float:
-    """Seconds of writing, in float32: the prompts' pass, then passes that read weights and cache.
+    """Seconds of writing: the prompts' pass, then passes that read weights and cache.
 
     Prompts are computed once for their samples; the first token comes from the prompts' pass.
     """
-    rate = machine.float32_rate or machine.rate
+    rate, bytes_each = machine.rate, machine.compute_bytes
     share = math.ceil(step.prompts / machine.processes)
     prompts = 2.0 * model.body * share * step.prompt_tokens / rate
     rows, chunks = rows_at_once(step, machine)
     readout = model.hidden * model.vocabulary
     operations = rows * 2.0 * (model.body + readout)
     mean_context = step.prompt_tokens + step.completion_tokens / 2
-    read = 4.0 * (model.body + readout) + model.cache_bytes(rows * mean_context, bytes_each=4)
+    read = float(bytes_each * (model.body + readout))
+    read += model.cache_bytes(rows * mean_context, bytes_each=bytes_each)
     a_pass = max(operations / rate, read / machine.memory_rate)
     return prompts + chunks * (step.completion_tokens - 1) * a_pass
 
@@ -254,8 +253,9 @@ def memory_bytes(
 
     Weights, gradients and AdamW's moments are float32 (16 bytes a weight), the reference 4. A
     reward that pays stands whole in each process, in `reward_bytes`, a deep ensemble as often as it
-    has members. Beside these stands what the hungriest phase needs. `writing`: the cache of the
-    rows at once, in float32, and the lent policy where weights are sharded. `learning`: a
+    has members. Beside these stands what the hungriest phase needs. `copying`, in half precision:
+    the policy that writes, with the lent one where weights are sharded. `writing`: the cache of the
+    rows at once, and that copy, or the lent policy where there is none. `learning`: a
     micro-batch's activations, 34 bytes for each unit of width, layer and token in half precision,
     without attention's square (Korthikanti et al. 2022, Eq. 2, https://arxiv.org/abs/2205.05198),
     logits of 2,048 tokens, three float32 numbers each, and where weights are sharded what is
@@ -268,7 +268,9 @@ def memory_bytes(
         rewards += int(members * adapted * reward.layers * rank * reward.layer_sides)
     rows, _ = rows_at_once(step, machine)
     width = step.prompt_tokens + step.completion_tokens
-    cache = policy.cache_bytes(float(rows * width), bytes_each=4)
+    cache = policy.cache_bytes(float(rows * width), bytes_each=machine.compute_bytes)
+    lent = 4.0 * policy.weights if sharded else 0.0
+    copied = 2.0 * policy.weights if machine.compute_bytes == 2 else 0.0
     per_token = 17.0 * machine.compute_bytes
     activations = per_token * step.batch_tokens * policy.layers * policy.hidden
     if critic:
@@ -276,7 +278,8 @@ def memory_bytes(
     logits = 3.0 * 4 * min(2048, step.batch_tokens) * policy.vocabulary
     gathered = policy.layer_weights + policy.weights - policy.body if sharded else 0
     phases = {
-        "writing": cache + (4.0 * policy.weights if sharded else 0.0),
+        "copying": lent + copied,
+        "writing": cache + (copied or lent),
         "learning": activations + logits + 4.0 * gathered,
     }
     phase = max(phases, key=lambda name: phases[name])

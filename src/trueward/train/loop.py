@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
-from trueward.models.backbone import default_device
+from trueward.models.attention import use_block_masks
+from trueward.models.backbone import compile_layers, default_device
 from trueward.train.processes import Shards, full_tensor, like, process_count, sum_gradients
 from trueward.train.run_folder import RunFolder, to_plain
 
@@ -53,6 +54,9 @@ class LoopConfig:
     adam_eps: float = 1e-8
     seed: int = 42
     bf16: bool = False  # autocast; heads and losses stay in float32
+    # Both are for a GPU, and for runs long enough to pay for a minute or two of compiling.
+    compile_layers: bool = False  # torch.compile
+    flex_attention: bool = False  # packed rows through FlexAttention, by blocks
     max_batch_tokens: int = 8192  # padded tokens computed at once; the batch is accumulated
     log_every: int = 1
     checkpoint_every: int = 50  # steps; 0 = only the finished model
@@ -134,6 +138,10 @@ class Loop:
         learning_rate_scales: dict[str, float] | None = None,
         can_shard: bool = False,
     ) -> None:
+        if config.sharding == "full" and config.compile_layers:
+            raise ValueError(
+                "compile_layers is not for sharded weights: give sharding=none, or leave it out."
+            )
         if config.sharding == "full" and not can_shard:
             raise ValueError(
                 "sharding=full is for sft, policy, and reward with family single or heads, trained "
@@ -154,7 +162,14 @@ class Loop:
         if config.tracker != "none":
             self.accelerator.init_trackers("trueward", config=_flat(to_plain(config)))
         device, count = self.accelerator.device, self.accelerator.num_processes
+        if config.flex_attention and device.type == "cpu":
+            raise ValueError("flex_attention has no gradients on a CPU: leave it out there.")
         self.modules = {k: m.to(device) for k, m in modules.items()}
+        for module in self.modules.values():
+            if config.flex_attention:
+                use_block_masks(module)
+            if config.compile_layers:
+                compile_layers(module)
         self._shards: list[Shards] = []
         if config.sharding == "full" and count > 1:
             mesh = init_device_mesh(device.type, (count,))

@@ -228,23 +228,19 @@ def train_policy(
             loop.reseed()  # whatever was trained in between drew random numbers
         chosen = _prompts_of_step(len(texts), config, step)
         mine = loop.share(list(range(len(chosen))))
-        with loop.whole(policy):
-            drawn = sample(
-                policy,
-                [texts[chosen[i]] for i in mine],
-                SamplingConfig(
-                    n=config.completions_per_prompt,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    max_new_tokens=config.max_new_tokens,
-                    max_tokens=4 * config.max_batch_tokens,  # no gradients: rows are cheap
-                    seed=seed_of(config.seed, "sample", step),
-                ),
-                indices=mine,
-            )
+        sampling = SamplingConfig(
+            n=config.completions_per_prompt,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            max_tokens=4 * config.max_batch_tokens,  # no gradients: rows are cheap
+            seed=seed_of(config.seed, "sample", step),
+        )
+        drawn = _drawn(loop, policy, [texts[chosen[i]] for i in mine], sampling, indices=mine)
         asked = [texts[chosen[s.prompt_index]] for s in drawn]
         answers = [_as_completion(p, s) for p, s in zip(asked, drawn, strict=True)]
-        scored = posterior_of(asked, answers)
+        with loop.accelerator.autocast():
+            scored = posterior_of(asked, answers)
         samples, posterior = _gathered(loop, drawn, scored)
         rewards, told = _rewards(objective, posterior, loop)
         scores = penalised(rewards.float(), samples, config)
@@ -295,6 +291,30 @@ def train_policy(
     if guard is not None:
         guard.snapshots.clear()
     return policy
+
+
+def _drawn(
+    loop: Loop,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    indices: list[int],
+) -> list[Sample]:
+    """Let the policy write; with bf16, on an accelerator, a rounded copy of it does.
+
+    Writing a token reads every weight, so that half of the bytes are half of the time. What the
+    policy learns from are log-probabilities of its own (`observe`), whoever wrote.
+    """
+    with loop.whole(policy):
+        if not (loop.config.bf16 and _writes_rounded(policy)):
+            return sample(policy, prompts, sampling, indices=indices)
+        writer = policy.rounded_copy(torch.bfloat16)
+    return sample(writer, prompts, sampling, indices=indices)
+
+
+def _writes_rounded(policy: Policy) -> bool:
+    return policy.device.type != "cpu"
 
 
 def _guard(
