@@ -35,7 +35,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trueward import Policy, RewardModel
 from trueward.data.packing import Group, PackedBatch, pad
 from trueward.losses.preference import bradley_terry_loss
-from trueward.models.backbone import packed_batches
+from trueward.models.attention import use_block_masks
+from trueward.models.backbone import compile_layers, packed_batches
 from trueward.models.reward_model import ScalarHead
 from trueward.testing import random_groups
 from trueward.train.policy import PolicyConfig, train_policy
@@ -49,6 +50,8 @@ def main() -> None:
     options = parser(__doc__)
     options.set_defaults(sizes=["110M", "350M", "1B"], repeats=5)
     options.add_argument("--device", default="cuda")
+    options.add_argument("--compile_layers", action="store_true", help="rewards, torch.compile")
+    options.add_argument("--flex_attention", action="store_true", help="rewards, by blocks")
     options.add_argument("--budget", type=float, default=500.0, help="seconds of the whole")
     options.add_argument("--peak_tflops", type=float, default=989.0, help="dense bfloat16")
     args = options.parse_args()
@@ -84,12 +87,17 @@ def matrix_text(device: str) -> str:
     return f"products at {2 * 8192**3 / seconds / 1e12:.0f} TFLOP/s in bfloat16"
 
 
-def reward_model(size: str, device: str) -> RewardModel:
+def reward_model(size: str, args) -> RewardModel:
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(llama_config(size))
     head = ScalarHead(model.config.hidden_size)
     head.linear.weight = model.score.weight
-    return RewardModel(model.model, head, made_tokenizer()).to(device)
+    made = RewardModel(model.model, head, made_tokenizer()).to(args.device)
+    if args.flex_attention:
+        use_block_masks(made)
+    if args.compile_layers:
+        compile_layers(made)
+    return made
 
 
 def pairs(copies: int = 4) -> list[Group]:
@@ -104,7 +112,7 @@ def pairs(copies: int = 4) -> list[Group]:
 
 def training(size: str, args) -> Row:
     """A batch of 32 pairs, forward and backward: packed by tokens, or padded to the longest."""
-    model, groups = reward_model(size, args.device).train(), pairs()
+    model, groups = reward_model(size, args).train(), pairs()
 
     def step(batches: Callable[[], Sequence[PackedBatch]]) -> None:
         for batch in batches():
@@ -140,7 +148,7 @@ def training(size: str, args) -> Row:
 
 def scoring(size: str, args) -> Row:
     """16 prompts of 256 tokens, 10 completions of 64 each."""
-    model = reward_model(size, args.device).eval()
+    model = reward_model(size, args).eval()
     made = random_groups(4096, prompts=[256] * 16, completions=[[64] * 10] * 16)
     groups, found = [Group(*g) for g in made], {}
 
@@ -184,7 +192,7 @@ def policy_step(size: str, args) -> Row:
     tokenizer = made_tokenizer()
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(llama_config(size))
-    reward = reward_model(size, args.device).eval()
+    reward = reward_model(size, args).eval()
     prompts = [text_of(tokenizer, 256, seed=i) for i in range(8)]
 
     def step(algorithm: str, turn: int) -> float:
