@@ -210,6 +210,7 @@ def test_on_a_cpu_a_part_of_the_batch_holds_a_bounded_number_of_tokens(
     batch = pad(GROUPS, pad_id=0)
     rows, seq = batch.input_ids.shape
     monkeypatch.setattr(lora_ensemble, "CPU_TOKENS", 2 * 3 * seq)  # two rows of three members
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     parts = list(model.lora.parts(batch))
     assert [len(p.input_ids) for p in parts] == [2] * (rows // 2)
     assert sum(map(len, parts)) == len(batch)

@@ -29,8 +29,10 @@ from trueward.losses.diversity import nuclear_norm_diversity
 from trueward.models.backbone import hidden_states, layer_list
 from trueward.models.heads import Head, HeadOutput
 
-# On a CPU a part of a batch holds at most so many tokens of all members together: beyond that the
-# activations leave the caches, and are mapped by the system anew for every operation.
+# On a CPU a part of a batch holds at most so many tokens of all members together for each thread:
+# beyond that the activations leave the caches, and are mapped by the system anew for every
+# operation. Fewer would call each layer too often: with half of them on two threads, five members
+# of a model of 1 million parameters take 1.06 to 1.28 times as long.
 CPU_TOKENS = 2048
 
 
@@ -184,7 +186,7 @@ class LoRAEnsemble(nn.Module):
         On accelerators the batch is the only part; on a CPU see `CPU_TOKENS`.
         """
         rows, seq = batch.input_ids.shape
-        at_once = max(1, CPU_TOKENS // (self.members * seq))
+        at_once = max(1, CPU_TOKENS * torch.get_num_threads() // (self.members * seq))
         if batch.input_ids.device.type != "cpu" or at_once >= rows:
             yield batch
             return
