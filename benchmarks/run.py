@@ -111,6 +111,7 @@ def write_page(folder: Path) -> None:
     held = [row for row in rows if row.bar is not None]
     turns = " or ".join(map(str, sorted({len(row.seconds) for row in rows})))
     missed = [row for row in held if not reached(row)]
+    absent = [part for part in PARTS if part not in found]
     lines = [
         "# Performance",
         "",
@@ -131,6 +132,7 @@ def write_page(folder: Path) -> None:
         "",
         "![Ratios with their ranges, and the bars they are held to](figures/performance.png)",
         "",
+        *([f"Not measured yet: {', '.join(absent)}.", ""] if absent else []),
         f"{len(held) - len(missed)} of {len(held)} bars are reached."
         + (" Not reached: " if missed else ""),
         *(f"- {row.work}, {row.setting}: {row.ratio:.2f} of {row.bar}" for row in missed),
