@@ -228,9 +228,9 @@ def _completion_mask(prompt: int, length: int) -> Float[Tensor, "token seen"]:
     return mask
 
 
-# Tokens of a row, for each thread, from which pieces pay: below, many small calls cost more than the
-# square (measured on a Llama of 1 million parameters, on one thread: 0.6 to 0.8 times as fast at 24
-# to 70 tokens, 1.2 at 180; on two threads, training on pairs takes 0.91 of the time from 300 on).
+# Tokens of a row, for each thread, from which pieces pay: below, many small calls cost more than
+# the square (measured on a Llama of 1 million parameters, on one thread: 0.6 to 0.8 times as fast
+# at 24 to 70 tokens, 1.2 at 180; on two, training on pairs takes 0.91 of the time from 300 on).
 _PIECES_FROM = 150
 _NAME = "trueward_shared_prefix"
 # What some models hand to their attention beside the mask.
