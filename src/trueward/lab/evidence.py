@@ -341,7 +341,7 @@ def _figure(findings: dict[str, list[Finding]]) -> Figure:
     )
 
 
-_DRAWN = ("single", "mean", "worst_case", "uwo", "mix_4", "warm", "worst_kl", "gold")
+_DRAWN = ("single", "mean", "worst_case", "uwo", "mix_4", "warm", "worst_kl_small", "gold")
 
 
 def _gold_figure(stored: Stored) -> Figure:
