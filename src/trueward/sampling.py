@@ -23,6 +23,7 @@ from trueward.data.formats import (
     write_jsonl,
 )
 from trueward.data.tokens import prompt_ids as ids_of_prompt
+from trueward.models.backbone import uncompiled
 from trueward.models.cache import growing_cache, worth_dropping
 from trueward.models.policy import Policy
 
@@ -115,11 +116,12 @@ def sample(
     )
     was_training = policy.training
     policy.eval()
-    for chunk in _chunks(order, encoded, config):
-        samples += _sample_batch(
-            policy, [names[i] for i in chunk], [encoded[i] for i in chunk], config
-        )
-        bar.update(len(chunk) * config.n)
+    with uncompiled(policy):
+        for chunk in _chunks(order, encoded, config):
+            samples += _sample_batch(
+                policy, [names[i] for i in chunk], [encoded[i] for i in chunk], config
+            )
+            bar.update(len(chunk) * config.n)
     bar.close()
     policy.train(was_training)
     return sorted(samples, key=lambda s: s.prompt_index)  # stable: samples keep their index

@@ -182,3 +182,18 @@ def test_what_cannot_be_stored_is_told(comparison: Path, tmp_path: Path):
 def test_nan_is_not_as_claimed():
     estimate = estimate_of([math.nan, math.nan])
     assert side_of(ENDS, estimate) == 0
+
+
+def test_gold_of_the_policies_is_drawn_where_the_grid_is_stored(tmp_path: Path):
+    results, page = tmp_path / "docs" / "evidence", tmp_path / "docs" / "evidence.md"
+    results.mkdir(parents=True)
+    curves = [[0.0, 0.5, -1.0], [0.0, 0.6, -2.0], [0.0, 0.4, -1.5]]
+    grid = asdict(stored(single=curves, gold=[[0.0, 1.0, 2.0]] * 3, other=curves))
+    (results / "compare_grammar.json").write_text(json.dumps(grid))
+    config = EvidenceConfig(results=str(results), page=str(page))
+    run_evidence(config)
+    assert "(figures/gold_by_reward.png)" in page.read_text("utf-8")
+    assert (page.parent / "figures" / "gold_by_reward.png").stat().st_size > 1000
+    (results / "compare_grammar.json").rename(results / "compare_other.json")
+    run_evidence(config)
+    assert "gold_by_reward" not in page.read_text("utf-8")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trueward.data.packing import Group, PackedBatch, pack, pad, shared_prefix_mask
@@ -14,6 +14,7 @@ from trueward.models.attention import (
     attends_in_pieces,
     block_mask,
     layouts_of,
+    pieces_from,
     shared_prefix_attention,
     use_block_masks,
     use_whole_masks,
@@ -102,6 +103,32 @@ def test_a_model_that_touches_its_mask_gets_the_whole_of_it():
     torch.testing.assert_close(
         packed, hidden_states(backbone, alone)[alone.rows, alone.last], atol=1e-5, rtol=1e-5
     )
+
+
+def test_the_probe_s_row_is_long_enough_for_pieces_whatever_the_threads(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("trueward.models.attention._PIECES_FROM", 150)
+    for threads, least in ((1, 150), (3, 450), (64, 600)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert pieces_from() == least
+        calls = []
+
+        def counted(*args, **kwargs):
+            calls.append(1)  # noqa: B023 (called before the next turn)
+            return shared_prefix_attention(*args, **kwargs)
+
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "trueward_shared_prefix", counted)
+        assert can_share_prefixes(tiny_backbone(layers=1))
+        assert calls == [1]
+
+
+def test_autocast_does_not_decide_what_a_model_can():
+    """Under it, wide models differ by more than 1e-3 between packed and padded rows."""
+    backbone = tiny_backbone(hidden_size=256, intermediate_size=512, layers=6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert can_share_prefixes(backbone)
+    assert attends_in_pieces(backbone)  # nothing was given up
 
 
 def test_what_pieces_do_not_know_is_refused():
@@ -196,13 +223,22 @@ def test_a_block_mask_sees_what_the_square_mask_sees():
     assert torch.equal(seen, expected.repeat(2, 1, 1, 1))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_members_get_a_copy_of_the_blocks():
     long = [Group([5] * 200, [[6] * 90, [7] * 90]), Group([5] * 20, [[6] * 3])]
     blocks = block_mask(pack(long, pad_id=0))
-    copies = _Pass(members=3, rows=2, seq=380)._repeat(blocks)
+    one = _Pass(members=3, rows=2, seq=380)
+    copies = one._repeat(blocks)
+    assert one._repeat(blocks) is copies  # made once for all layers
     assert copies.shape == (6, 1, 380, 380)
     assert torch.equal(copies.kv_num_blocks, blocks.kv_num_blocks.repeat(3, 1, 1))
     assert torch.equal(copies.kv_indices, blocks.kv_indices.repeat(3, 1, 1, 1))
+    query, key, value = torch.randn(3, 6, 1, 380, 16)
+    with torch.no_grad():
+        found = flex_attention(query, key, value, block_mask=copies)
+    mask = shared_prefix_mask(pack(long, pad_id=0).segments).repeat(3, 1, 1, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_are_used_where_they_were_asked_for_and_can_be_had(

@@ -1,13 +1,16 @@
+import copy
 import logging
 
 import pytest
 import torch
+from torch import nn
 from transformers import BloomConfig, BloomModel
 
 from trueward.data.packing import Group, pack, pad
 from trueward.models.backbone import (
     add_adapters,
     can_share_prefixes,
+    compile_layers,
     disable_dropout,
     grow_vocabulary,
     hidden_states,
@@ -15,7 +18,9 @@ from trueward.models.backbone import (
     max_positions,
     takes_position_ids,
 )
-from trueward.testing import random_groups, tiny_backbone, tiny_language_model
+from trueward.models.policy import Policy
+from trueward.sampling import SamplingConfig, sample
+from trueward.testing import random_groups, tiny_backbone, tiny_language_model, tiny_tokenizer
 
 DECODERS = ["llama", "qwen2", "gpt2", "opt", "gpt_neox"]
 # Two prompts; completions of unlike lengths, one of a single token, one prompt of a single token.
@@ -217,3 +222,41 @@ def test_fresh_adapters_change_nothing_and_share_prefixes(model_type: str) -> No
 def test_adapters_on_adapters_are_refused() -> None:
     with pytest.raises(ValueError, match="has adapters already"):
         add_adapters(add_adapters(tiny_backbone(), rank=2), rank=2)
+
+
+# ---- compiled layers ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo asks tensors for gradients
+def test_compiled_layers_compute_the_same_forward_and_backward():
+    plain = tiny_backbone()
+    compiled = copy.deepcopy(plain)
+    compile_layers(nn.ModuleList([compiled]), backend="aot_eager")
+    groups = random_groups(320, prompts=[7, 3], completions=[[5, 2], [4, 6]])
+    batch = pack([Group(*g) for g in groups], pad_id=0)
+    found = {}
+    for name, model in (("plain", plain), ("compiled", compiled)):
+        states = hidden_states(model, batch)
+        states.square().sum().backward()
+        found[name] = [states, *(p.grad for p in model.parameters())]
+    assert all(layer._compiled_call_impl is not None for layer in compiled.layers)
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo asks tensors for gradients
+def test_writing_leaves_compiled_layers_alone():
+    graphs = []
+
+    def counted(graph: torch.fx.GraphModule, _: object):
+        graphs.append(graph)
+        return graph.forward
+
+    tokenizer = tiny_tokenizer()
+    policy = Policy(tiny_language_model(vocab_size=len(tokenizer)), tokenizer)
+    compile_layers(policy, backend=counted)
+    sample(policy, ["one", "two"], SamplingConfig(max_new_tokens=4))
+    assert graphs == []
+    hidden_states(policy.backbone, pack([Group([1, 2], [[3], [4]])], pad_id=0))
+    assert graphs

@@ -369,7 +369,7 @@ def test_a_rounded_copy_writes_with_bf16_on_an_accelerator(
         return torch.tensor([float(len(str(c))) for c in completions])
 
     monkeypatch.setattr(policy_module, "sample", seen)
-    monkeypatch.setattr(policy_module, "_writes_rounded", lambda _: rounded)
+    monkeypatch.setattr(policy_module, "_on_accelerator", lambda _: rounded)
     policy = new_policy()
     config = PolicyConfig(
         algorithm="rloo",

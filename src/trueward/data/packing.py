@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import numpy as np
 import torch
@@ -107,6 +107,7 @@ class PackedBatch:
         )
 
 
+@no_type_check  # at run time: FlexAttention's compiler would trace the check
 def sees(
     segment: Int[Tensor, "..."],
     other: Int[Tensor, "..."],

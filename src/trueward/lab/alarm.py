@@ -26,7 +26,7 @@ from trueward.evaluate.alarm import (
     judge,
     summarise_outcomes,
 )
-from trueward.lab.cells import core_seconds, read_evaluation
+from trueward.lab.cells import read_evaluation, stage_seconds
 from trueward.lab.exact_path import ExactPaths, exact_runs
 from trueward.lab.methods import TRAINED
 from trueward.report.alarm import ALARM, ALONE, BUDGET, FIXED, Judged, Made, alarm_report
@@ -231,7 +231,7 @@ def read_world(name: str, source: Path) -> Watched:
         runs=runs,
         commit=str(revision or "")[:7],
         date=date.fromtimestamp((source / "config.yaml").stat().st_mtime).isoformat(),
-        seconds=core_seconds(source),
+        seconds=stage_seconds(source),
     )
 
 

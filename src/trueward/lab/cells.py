@@ -295,10 +295,11 @@ def write_result(run: RunFolder, folder: Path, result: SeedRun) -> None:
     )
 
 
-def core_seconds(folder: Path) -> float:
+def stage_seconds(folder: Path) -> float:
     """Return what all finished stages in a comparison's folder took together, each once.
 
-    The comparison's own seconds are those of a clock, and know nothing of a killed call.
+    By their own clocks, so that a busy machine counts for more, and of a policy's cell its training
+    alone. The comparison's own seconds know nothing of a killed call.
     """
     stages = [file.parent for file in folder.glob("*/**/summary.json")]
     inner = {stage for stage in stages if any(other in stage.parents for other in stages)}

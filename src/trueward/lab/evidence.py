@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from trueward.data.sources import DataError
 from trueward.evaluate.comparison import Estimate, SeedRun, estimate_of
-from trueward.lab.cells import core_seconds, read_result
+from trueward.lab.cells import read_result, stage_seconds
 from trueward.lab.plan import cell_folder
 from trueward.report.figures import (
     Curve,
@@ -170,7 +170,7 @@ def store(recipe: str, folder: Path) -> Stored:
         commit=str(environment["revision"] or "")[:7],
         date=date.fromtimestamp(summary.stat().st_mtime).isoformat(),
         seeds=seeds,
-        seconds=core_seconds(folder),
+        seconds=stage_seconds(folder),
         methods=methods,
     )
 
@@ -283,6 +283,8 @@ def evidence_page(stored: dict[str, Stored], findings: dict[str, list[Finding]])
         "",
         "![Every contrast with its interval](figures/evidence.png)",
         "",
+        *(["![Gold of trained policies over their steps](figures/gold_by_reward.png)", ""])
+        * (_GRAMMAR in stored),
         "| claim | from | verdict |",
         "| --- | --- | --- |",
         *(f"| {c.claim} | {c.source} | **{verdict_of(findings[c.name])}** |" for c in CLAIMS),

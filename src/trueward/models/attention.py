@@ -8,8 +8,9 @@ blocks and leaves out those that nobody sees.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ def layouts_of(batch: PackedBatch) -> list[RowLayout]:
 
 
 @contextlib.contextmanager
-def in_pieces(backbone: nn.Module, batch: PackedBatch) -> Iterator[Tensor | BlockMask]:
+def packed_attention(backbone: nn.Module, batch: PackedBatch) -> Iterator[Tensor | BlockMask]:
     """Let the backbone attend in pieces or in blocks while the context lasts, where it can.
 
     Yields the mask to hand to it: the batch's own, one by blocks, or an empty one that carries the
@@ -63,7 +64,7 @@ def in_pieces(backbone: nn.Module, batch: PackedBatch) -> Iterator[Tensor | Bloc
         with _attending(backbone, "flex_attention"):
             yield block_mask(batch)
         return
-    short = batch.input_ids.shape[1] < _PIECES_FROM * torch.get_num_threads()
+    short = batch.input_ids.shape[1] < pieces_from()
     if short or not (batch.packed and attends_in_pieces(backbone)):
         yield batch.attention_mask
         return
@@ -115,6 +116,11 @@ def _can_switch(inner: PreTrainedModel) -> bool:
     return not checkpointed and _text_config(inner)._attn_implementation == "sdpa"
 
 
+def pieces_from() -> int:
+    """Return from how many tokens of a row on attention in pieces pays."""
+    return _PIECES_FROM * min(torch.get_num_threads(), _MOST_THREADS)
+
+
 def use_whole_masks(backbone: nn.Module) -> None:
     """Never attend in pieces or blocks in this backbone again."""
     inner: Any = _base(backbone)
@@ -134,6 +140,7 @@ def use_block_masks(module: nn.Module) -> None:
                 found._trueward_shares_prefixes = None  # is asked again, of the blocks
 
 
+@no_type_check  # at run time: its inner function is traced, as `sees` is
 def block_mask(batch: PackedBatch) -> BlockMask:
     """Return the mask of packed rows by blocks, for FlexAttention (torch.nn.attention).
 
@@ -146,17 +153,22 @@ def block_mask(batch: PackedBatch) -> BlockMask:
         del head
         return sees(segments[row % rows, column], segments[row % rows, other], column, other)
 
-    device = segments.device.type
-    return create_block_mask(
+    made = create_block_mask if segments.device.type == "cpu" else _compiled_block_mask()
+    mask: BlockMask = made(
         # The number of its arguments is looked at, which whatever wraps a function may hide.
         lambda row, head, column, other: seen_by(row, head, column, other),
         B=rows,
         H=None,
         Q_LEN=seq,
         KV_LEN=seq,
-        device=device,
-        _compile=device != "cpu",
+        device=segments.device,
     )
+    return mask
+
+
+@functools.cache
+def _compiled_block_mask() -> Callable[..., BlockMask]:
+    return torch.compile(create_block_mask)
 
 
 def _base(backbone: nn.Module) -> nn.Module:
@@ -231,7 +243,7 @@ def _completion_mask(prompt: int, length: int) -> Float[Tensor, "token seen"]:
 # Tokens of a row, for each thread, from which pieces pay: below, many small calls cost more than
 # the square (measured on a Llama of 1 million parameters, on one thread: 0.6 to 0.8 times as fast
 # at 24 to 70 tokens, 1.2 at 180; on two, training on pairs takes 0.91 of the time from 300 on).
-_PIECES_FROM = 150
+_PIECES_FROM, _MOST_THREADS = 150, 4
 _NAME = "trueward_shared_prefix"
 # What some models hand to their attention beside the mask.
 _SPECIAL = ("position_bias", "cache", "softcap", "s_aux", "sliding_window", "is_causal")

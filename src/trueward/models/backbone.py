@@ -1,5 +1,6 @@
 """What a backbone can do, and its hidden states for a packed batch."""
 
+import contextlib
 import inspect
 import logging
 import os
@@ -24,7 +25,8 @@ from trueward.data.packing import (
 from trueward.models.attention import (
     attends_in_blocks,
     attends_in_pieces,
-    in_pieces,
+    packed_attention,
+    pieces_from,
     use_whole_masks,
 )
 
@@ -40,7 +42,7 @@ def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Float[Tensor, "row
         inputs["position_ids"] = batch.position_ids
     if "use_cache" in _parameters(backbone):
         inputs["use_cache"] = False
-    with in_pieces(backbone, batch) as mask:
+    with packed_attention(backbone, batch) as mask:
         states: Tensor = backbone(**inputs, attention_mask=mask).last_hidden_state
     return states
 
@@ -101,11 +103,13 @@ def _refusal(backbone: PreTrainedModel | PeftModel) -> str:
     high = text_config.vocab_size - 1
     prompt, first, second = [high, 1, 2 % high], [3 % high, high, 1], [high, 2 % high]
     # A short row goes through the square mask, a long one in pieces where the backbone can.
-    groups = [Group(prompt, [first, second]), Group(prompt, [first, second] * 40)]
+    long = [first, second] * (pieces_from() // len(first + second) + 1)
+    groups = [Group(prompt, [first, second]), Group(prompt, long)]
     was_training = backbone.training
     backbone.eval()
     try:
-        with torch.no_grad():
+        # Under autocast the two would differ by more than the weights' own precision allows.
+        with torch.no_grad(), torch.autocast(backbone.device.type, enabled=False):
             states = [
                 torch.cat(
                     [
@@ -207,15 +211,37 @@ def batch_budget(backbone: PreTrainedModel | PeftModel, max_tokens: int) -> dict
 _CPU_TOKENS = 2048  # of a call
 
 
-def compile_layers(module: nn.Module) -> None:
+def compile_layers(module: nn.Module, *, backend: str | Callable[..., object] = "inductor") -> None:
     """Let torch.compile compile the layers of all language models within a module, in place.
 
     Layers of one kind share their code, so that this takes no longer for a deep model.
+
+    Args:
+        module: Holds language models.
+        backend: Of torch.compile.
     """
     for inner in module.modules():
         if isinstance(inner, PreTrainedModel) and inner.base_model is inner:
             for layer in layer_list(inner):
-                layer.compile(dynamic=True)
+                layer.compile(dynamic=True, backend=backend)
+
+
+@contextlib.contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Run compiled layers as they are written, for as long as this lasts.
+
+    Writing token by token would have each layer compiled for its own part of the cache, and use up
+    torch's limit of compiled forms (8) before training is compiled at all.
+    """
+    compiled = [m for m in module.modules() if m._compiled_call_impl is not None]
+    calls = [m._compiled_call_impl for m in compiled]
+    for layer in compiled:
+        layer._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for layer, call in zip(compiled, calls, strict=True):
+            layer._compiled_call_impl = call
 
 
 def layer_list(backbone: PreTrainedModel | PeftModel) -> nn.ModuleList:

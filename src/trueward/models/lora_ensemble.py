@@ -326,6 +326,7 @@ class _Pass:
     def __init__(self, *, members: int, rows: int, seq: int) -> None:
         self.members, self.rows, self.tokens = members, rows, members * rows * seq
         self.repeated: dict[int, tuple[Tensor, Tensor]] = {}  # by identity, with the original
+        self.blocks: dict[int, tuple[BlockMask, BlockMask]] = {}  # so too
         self.common: Tensor | None = None  # what every member's first linear layer reads, ...
         self.once: Tensor | None = None  # ... and the part of it that is one member's
 
@@ -346,8 +347,12 @@ class _Pass:
         if isinstance(value, tuple | list):
             return type(value)(map(self._repeat, value))
         if isinstance(value, BlockMask):
-            where = torch.arange(self.rows, device=value.kv_num_blocks.device)
-            return value[where.repeat(self.members)]
+            if id(value) not in self.blocks:
+                where = torch.arange(self.rows, device=value.kv_num_blocks.device)
+                blocks = value[where.repeat(self.members)]
+                blocks.mask_mod = value.mask_mod  # slicing drops it; ours counts rows anew
+                self.blocks[id(value)] = (value, blocks)
+            return self.blocks[id(value)][1]
         if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] != self.rows:
             return value
         if id(value) not in self.repeated:

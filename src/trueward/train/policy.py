@@ -260,7 +260,8 @@ def train_policy(
             told["refreshed_at"] = float(refreshed)
         metrics |= told
         if guard is not None:
-            seen = guard.monitor.see(asked, answers, posterior=None if asks_twice else scored)
+            with loop.accelerator.autocast():
+                seen = guard.monitor.see(asked, answers, posterior=None if asks_twice else scored)
             others = _unmonitored_signals(policy, last_layer, rollouts, metrics, config)
             per_prompt = config.completions_per_prompt
             metrics |= guard.look(
@@ -307,13 +308,13 @@ def _drawn(
     policy learns from are log-probabilities of its own (`observe`), whoever wrote.
     """
     with loop.whole(policy):
-        if not (loop.config.bf16 and _writes_rounded(policy)):
+        if not (loop.config.bf16 and _on_accelerator(policy)):
             return sample(policy, prompts, sampling, indices=indices)
         writer = policy.rounded_copy(torch.bfloat16)
     return sample(writer, prompts, sampling, indices=indices)
 
 
-def _writes_rounded(policy: Policy) -> bool:
+def _on_accelerator(policy: Policy) -> bool:
     return policy.device.type != "cpu"
 
 
@@ -349,7 +350,9 @@ def _guard(
         every=alarm.keep_every,
         writes=is_main_process(),
     )
-    return Guard(alarm, monitor, monitor.see(asked, answers), snapshots)
+    with loop.accelerator.autocast():
+        seen = monitor.see(asked, answers)
+    return Guard(alarm, monitor, seen, snapshots)
 
 
 def _last_layer(policy: Policy) -> nn.Module | None:

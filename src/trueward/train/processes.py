@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trueward.models.backbone import can_share_prefixes, layer_list
-from trueward.models.policy import Policy
+from trueward.models.policy import Policy, ValueModel
 from trueward.models.reward_model import RewardModel
 
 
@@ -111,7 +111,7 @@ class Shards:
     def __init__(self, module: nn.Module, mesh: DeviceMesh, *, bf16: bool = False) -> None:
         self.module = module
         # What is found out by running a model: while it is whole, and the copy remembers it too.
-        if isinstance(module, Policy | RewardModel):
+        if isinstance(module, Policy | RewardModel | ValueModel):
             can_share_prefixes(module.backbone)
         if isinstance(module, Policy):
             module.readout()
