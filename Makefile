@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/trueward demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/installed
 	$(BIN)/ruff check .
