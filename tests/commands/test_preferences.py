@@ -114,7 +114,8 @@ def test_an_audit_says_what_is_wrong_and_writes_what_is_right(
     assert summary["command"] == "audit"
     assert summary["metrics"]["kept"] == len(kept)
     assert len(list(csv.reader(io.StringIO((out / "review.csv").read_text("utf-8-sig"))))) == 6
-    assert "review.csv: 5 doubtful pairs" in printed
+    # Long lines are broken wherever the folder's name ends.
+    assert "review.csv:5doubtfulpairs" in "".join(printed.split())
 
 
 def test_answers_of_people_are_read_into_the_same_folder(
