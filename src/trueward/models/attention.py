@@ -130,7 +130,7 @@ def use_whole_masks(backbone: nn.Module) -> None:
 def use_block_masks(module: nn.Module) -> None:
     """Let packed rows go through FlexAttention in all language models within a module.
 
-    It is compiled for each, in a minute or so; on a CPU it has no gradients.
+    It is compiled at the first call; on a CPU it has no gradients.
     """
     for inner in module.modules():
         if isinstance(inner, PreTrainedModel):

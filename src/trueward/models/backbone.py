@@ -214,8 +214,6 @@ _CPU_TOKENS = 2048  # of a call
 def compile_layers(module: nn.Module, *, backend: str | Callable[..., object] = "inductor") -> None:
     """Let torch.compile compile the layers of all language models within a module, in place.
 
-    Layers of one kind share their code, so that this takes no longer for a deep model.
-
     Args:
         module: Holds language models.
         backend: Of torch.compile.

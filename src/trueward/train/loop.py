@@ -54,7 +54,7 @@ class LoopConfig:
     adam_eps: float = 1e-8
     seed: int = 42
     bf16: bool = False  # autocast; heads and losses stay in float32
-    # Both are for a GPU, and for runs long enough to pay for a minute or two of compiling.
+    # Both are for a GPU, and for runs long enough to pay for compiling.
     compile_layers: bool = False  # torch.compile
     flex_attention: bool = False  # packed rows through FlexAttention, by blocks
     max_batch_tokens: int = 8192  # padded tokens computed at once; the batch is accumulated
