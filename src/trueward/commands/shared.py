@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from rich.console import Console
-
 from trueward.data.formats import DataError, Loaded
 from trueward.data.functions import is_python_function, python_function
 from trueward.models.reward_function import Reward, load_reward_models
-from trueward.train.processes import is_main_process
+from trueward.train.processes import main_console
 from trueward.train.run_folder import RunFolder, finished_summary
 
-console = Console(stderr=True, quiet=not is_main_process())
+console = main_console()
 
 
 @runtime_checkable

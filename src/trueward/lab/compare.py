@@ -3,14 +3,13 @@
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 
 from trueward.data.rows import text_of
@@ -38,10 +37,11 @@ from trueward.lab.processes import Outcome, State, Task, only_one, run_tasks
 from trueward.report.comparison import comparison_report, rich_comparison_table
 from trueward.report.html import Completion, SampleRow
 from trueward.report.numbers import format_number
+from trueward.train.processes import main_console
 from trueward.train.run_folder import RunFolder, environment, to_plain, write_text
 
 logger = logging.getLogger(__name__)
-console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+console = main_console()
 
 
 def run_compare(config: CompareConfig) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from trueward.data.formats import (
@@ -52,6 +51,7 @@ from trueward.train.families import (
     train_family,
 )
 from trueward.train.loop import permutation
+from trueward.train.processes import main_console
 from trueward.train.reward import RewardConfig, encode_pairs, own_completions
 from trueward.train.run_folder import (
     RunFolder,
@@ -63,7 +63,7 @@ from trueward.train.run_folder import (
 )
 from trueward.train.sft import SFTConfig, train_sft
 
-console = Console(stderr=True)
+console = main_console()
 SINGLE = "single"  # the row that all others are compared with, and that post-hoc ones stand on
 
 

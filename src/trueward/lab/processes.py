@@ -26,12 +26,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from rich.console import Console
-
 from trueward.data.sources import DataError
+from trueward.train.processes import main_console
 
 logger = logging.getLogger(__name__)
-console = Console(stderr=True)
+console = main_console()
 
 State = Literal["waiting", "running", "done", "failed", "skipped"]
 OnChange = Callable[[Mapping[str, State]], None]

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -62,6 +61,7 @@ from trueward.refine.spg import SPGConfig
 from trueward.report.refinements import RefinementRuns, refinements_report
 from trueward.train.families import FamilyConfig, load_family, train_family
 from trueward.train.loop import permutation, seed_of
+from trueward.train.processes import main_console
 from trueward.train.reward import RewardConfig
 from trueward.train.run_folder import (
     RunFolder,
@@ -72,7 +72,7 @@ from trueward.train.run_folder import (
     write_text,
 )
 
-console = Console(stderr=True)
+console = main_console()
 FIRST = "first"  # the row that is refined, and that all others are compared with
 _ANSWER_TOKENS = 128  # of an answer's beginning: what clusters are made of
 
