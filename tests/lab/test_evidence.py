@@ -11,9 +11,8 @@ import yaml
 
 from trueward.data.sources import DataError
 from trueward.evaluate.comparison import SeedRun, estimate_of
+from trueward.lab.claims import CLAIMS, Contrast
 from trueward.lab.evidence import (
-    CLAIMS,
-    Contrast,
     EvidenceConfig,
     Finding,
     Stored,

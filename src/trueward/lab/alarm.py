@@ -29,7 +29,7 @@ from trueward.evaluate.alarm import (
 from trueward.lab.cells import read_evaluation, stage_seconds
 from trueward.lab.exact_path import ExactPaths, exact_runs
 from trueward.lab.methods import TRAINED
-from trueward.report.alarm import ALARM, ALONE, BUDGET, FIXED, Judged, Made, alarm_report
+from trueward.report.alarm import ALARM, ALONE, BUDGET, FIXED, Judged, Provenance, alarm_report
 from trueward.train.alarm import PREFIX, SIGNALS, Calibration
 from trueward.train.run_folder import (
     RunFolder,
@@ -142,7 +142,7 @@ def run_alarm(config: AlarmStudyConfig) -> dict[str, Any]:
         apart=_EXACT,
         example=_example(config, others),
         markdown_page=Path(config.page) if config.page else None,
-        made=[_made(one, config.worlds[name].command) for name, one in read.items()],
+        made=[_provenance(one, config.worlds[name].command) for name, one in read.items()],
         title=config.title or "An alarm without gold",
         config_text=yaml.safe_dump(to_plain(config), sort_keys=False),
         environment=environment(),
@@ -256,9 +256,9 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _made(watched: Watched, command: str) -> Made:
+def _provenance(watched: Watched, command: str) -> Provenance:
     seeds = sorted({run.seed for run in watched.runs})
-    return Made(
+    return Provenance(
         world=watched.runs[0].world,
         command=command,
         seeds=seeds,

@@ -1,9 +1,8 @@
 """What holds: claims of the papers, held against the stored results of comparisons.
 
-A comparison's numbers are stored small enough for git, seed by seed. A claim is a list of
-contrasts, each a number for each seed and the side of a bound on which its interval must lie; the
-page says of each claim what was measured and what came of it. Claims, contrasts and bounds stand
-here, so that they can be read (and dated) before the numbers are there.
+A comparison's numbers are stored small enough for git, seed by seed. A claim (`lab.claims`) is a
+list of contrasts, each a number for each seed and the side of a bound on which its interval must
+lie; the page says of each claim what was measured and what came of it.
 """
 
 import json
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from trueward.data.sources import DataError
 from trueward.evaluate.comparison import Estimate, SeedRun, estimate_of
 from trueward.lab.cells import read_result, stage_seconds
+from trueward.lab.claims import CLAIMS, GRAMMAR, Contrast
 from trueward.lab.plan import cell_folder
 from trueward.report.figures import (
     Curve,
@@ -71,36 +71,6 @@ Verdict = Literal["holds", "holds in part", "does not hold here", "not measured"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrast:
-    """A number for each seed, and where its mean is claimed to lie.
-
-    `kind`: `end` is gold at the end of `method`, less that of `less` where it is given; `drop` is
-    how far gold at the end lies below gold at the peak, the peak's place being that of the mean
-    over the other seeds, so that it is not chosen by the seed's own luck; `agreement` is that of
-    the reward with gold on the answers of `whose[0]`, less that on those of `whose[1]`.
-    """
-
-    words: str
-    results: str  # name of the stored comparison
-    kind: Literal["end", "drop", "agreement"]
-    method: str
-    less: str = ""
-    whose: tuple[str, str] = ("", "")
-    above: float | None = None  # the claim: the mean lies above; or `below`
-    below: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """What a paper says, and what would have to be seen here."""
-
-    name: str
-    claim: str
-    source: str
-    contrasts: tuple[Contrast, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Finding:
     """A contrast with what was seen; `side` is 1 as claimed, -1 against it, 0 not told apart."""
 
@@ -129,8 +99,8 @@ def run_evidence(config: EvidenceConfig) -> dict[str, str]:
     page.parent.mkdir(parents=True, exist_ok=True)
     findings = {claim.name: [measure(c, stored) for c in claim.contrasts] for claim in CLAIMS}
     figures = {"evidence": _figure(findings)}
-    if _GRAMMAR in stored:
-        figures["gold_by_reward"] = _gold_figure(stored[_GRAMMAR])
+    if GRAMMAR in stored:
+        figures["gold_by_reward"] = _gold_figure(stored[GRAMMAR])
     for name, figure in figures.items():
         _, pdf = save_figure(settle_layout(figure), page.parent / "figures" / name)
         pdf.unlink()  # of no use beside a page in Markdown
@@ -274,7 +244,7 @@ def evidence_page(stored: dict[str, Stored], findings: dict[str, list[Finding]])
         "# Evidence",
         "",
         "Made by `trueward evidence` from the results stored in `docs/evidence`; claims, contrasts",
-        "and bounds stand in `src/trueward/lab/evidence.py`. Gold is in standard deviations of the",
+        "and bounds stand in `src/trueward/lab/claims.py`. Gold is in standard deviations of the",
         "reference policy's answers; ± is half of Student's 95 % interval over seeds; differences",
         "are paired by seed. A contrast is as claimed where its whole interval is (✓), against the",
         "claim where all of it is on the other side (✗), and else not told apart (·). A claim",
@@ -284,7 +254,7 @@ def evidence_page(stored: dict[str, Stored], findings: dict[str, list[Finding]])
         "![Every contrast with its interval](figures/evidence.png)",
         "",
         *(["![Gold of trained policies over their steps](figures/gold_by_reward.png)", ""])
-        * (_GRAMMAR in stored),
+        * (GRAMMAR in stored),
         "| claim | from | verdict |",
         "| --- | --- | --- |",
         *(f"| {c.claim} | {c.source} | **{verdict_of(findings[c.name])}** |" for c in CLAIMS),
@@ -381,160 +351,3 @@ def _towards(contrast: Contrast, estimate: Estimate) -> Estimate:
 def _as_json(stored: Stored) -> str:
     """Return one line for each seed of a method: small, and easy to compare."""
     return re.sub(r"\n {5,}|\n {4}(?=\])", " ", json.dumps(asdict(stored), indent=1)) + "\n"
-
-
-# --- the claims ---
-
-_FALLS, _NO_FALL = 0.0, 0.25  # a drop of less than a quarter of a standard deviation is none
-_GRAMMAR, _NOISY, _RLP = "compare_grammar", "compare_noisy", "compare_rlp"
-_COSTE = "Coste et al. 2024 ([2310.02743](https://arxiv.org/abs/2310.02743))"
-_GAO = "Gao et al. 2022 ([2210.10760](https://arxiv.org/abs/2210.10760))"
-_ROBUST = "Yan et al. 2024 ([2409.15360](https://arxiv.org/abs/2409.15360))"
-_WARM = "Ramé et al. 2024 ([2401.12187](https://arxiv.org/abs/2401.12187))"
-_LANG = "Lang et al. 2024 ([2403.19279](https://arxiv.org/abs/2403.19279))"
-
-
-def _end(words: str, method: str, less: str, results: str = _GRAMMAR) -> Contrast:
-    return Contrast(words=words, results=results, kind="end", method=method, less=less, above=0.0)
-
-
-def _drop(
-    words: str,
-    method: str,
-    results: str = _GRAMMAR,
-    *,
-    above: float | None = None,
-    below: float | None = None,
-) -> Contrast:
-    return Contrast(
-        words=words, results=results, kind="drop", method=method, above=above, below=below
-    )
-
-
-CLAIMS: tuple[Claim, ...] = (
-    Claim(
-        name="single falls",
-        claim="A single reward is over-optimised",
-        source=f"{_GAO}; {_COSTE}",
-        contrasts=(
-            _drop("trained without a KL penalty, from the peak", "single", above=_FALLS),
-            _drop("best of 256, from the peak", "bon_single", above=_FALLS),
-            _drop("trained, noisy labels", "single", _NOISY, above=_FALLS),
-            _drop("best of 256, noisy labels", "bon_single", _NOISY, above=_FALLS),
-        ),
-    ),
-    Claim(
-        name="gold does not",
-        claim="Gold itself as the reward is not over-optimised (control)",
-        source="by definition",
-        contrasts=(
-            _drop("trained without a KL penalty", "gold", below=_NO_FALL),
-            _drop("best of 256", "bon_gold", below=_NO_FALL),
-        ),
-    ),
-    Claim(
-        name="minima, best of n",
-        claim="The worst case, UWO and the mix are not over-optimised in best-of-n, and beat a "
-        "single reward",
-        source=f"{_COSTE}; {_ROBUST}",
-        contrasts=(
-            _drop("drop of the worst case", "bon_mix_0", below=_NO_FALL),
-            _drop("drop of UWO", "bon_uwo", below=_NO_FALL),
-            _drop("drop of the mix of weight 0.4", "bon_mix_4", below=_NO_FALL),
-            _end("the worst case less a single reward", "bon_mix_0", "bon_single"),
-            _end("UWO less a single reward", "bon_uwo", "bon_single"),
-            _end("the mix 0.4 less a single reward", "bon_mix_4", "bon_single"),
-        ),
-    ),
-    Claim(
-        name="noise",
-        claim="Under label noise an ensemble's mean falls short of its worst case and UWO",
-        source=_COSTE,
-        contrasts=(
-            _end("worst case less mean, best of 256", "bon_worst", "bon_mean", _NOISY),
-            _end("UWO less mean, best of 256", "bon_uwo", "bon_mean", _NOISY),
-            _end("worst case less mean, trained", "worst_case", "mean", _NOISY),
-            _end("UWO less mean, trained", "uwo", "mean", _NOISY),
-        ),
-    ),
-    Claim(
-        name="small KL",
-        claim="With an ensemble a small KL coefficient is enough",
-        source=_COSTE,
-        contrasts=(
-            _drop("drop of the worst case at KL 0.02", "worst_kl_small", below=_NO_FALL),
-            _drop("drop of UWO at KL 0.02", "uwo_kl_small", below=_NO_FALL),
-            _end("worst case less single, both at 0.02", "worst_kl_small", "single_kl_small"),
-            _end("UWO less single, both at 0.02", "uwo_kl_small", "single_kl_small"),
-        ),
-    ),
-    Claim(
-        name="mix",
-        claim="Nominal weights of 0.2 and 0.4 beat both ends: the worst case, the nominal reward",
-        source=_ROBUST,
-        contrasts=(
-            _end("0.2 less the worst case, best of 256", "bon_mix_2", "bon_mix_0"),
-            _end("0.2 less the nominal reward, best of 256", "bon_mix_2", "bon_mix_10"),
-            _end("0.4 less the worst case, best of 256", "bon_mix_4", "bon_mix_0"),
-            _end("0.4 less the nominal reward, best of 256", "bon_mix_4", "bon_mix_10"),
-            _end("0.4 less the worst case, trained", "mix_4", "worst_case"),
-            _end("0.4 less the mean, trained", "mix_4", "mean"),
-        ),
-    ),
-    Claim(
-        name="ensembles",
-        claim="An ensemble beats a single reward that was trained five times as long (equal cost)",
-        source="the compute-matched control of all of these",
-        contrasts=(
-            _end("mean of 5, trained", "mean", "single_5x"),
-            _end("worst case of 5, trained", "worst_case", "single_5x"),
-            _end("mean of 5, best of 256", "bon_mean", "bon_single_5x"),
-            _end("mean of 5, trained, noisy labels", "mean", "single_5x", _NOISY),
-        ),
-    ),
-    Claim(
-        name="WARM",
-        claim="A weight average (WARM) beats a single reward, the more so under label noise",
-        source=_WARM,
-        contrasts=(
-            _end("trained", "warm", "single"),
-            _end("best of 256", "bon_warm", "bon_single"),
-            _end("trained, noisy labels", "warm", "single", _NOISY),
-            _end("best of 256, noisy labels", "bon_warm", "bon_single", _NOISY),
-        ),
-    ),
-    Claim(
-        name="shift",
-        claim="A reward tells less of the answers of a policy that has moved",
-        source=_LANG,
-        contrasts=(
-            Contrast(
-                words="pairs of the reference's answers less the moved policy's",
-                results=_RLP,
-                kind="agreement",
-                method="ppo",
-                whose=("reference", "moved"),
-                above=0.0,
-            ),
-            Contrast(
-                words="less those of the policy that ends with it",
-                results=_RLP,
-                kind="agreement",
-                method="ppo",
-                whose=("reference", "own"),
-                above=0.0,
-            ),
-        ),
-    ),
-    Claim(
-        name="RLP",
-        claim="Reward learning on policy (UML, SPG) beats PPO, and a reward trained again",
-        source=_LANG,
-        contrasts=(
-            _end("SPG less PPO", "spg", "ppo", _RLP),
-            _end("UML less PPO", "uml", "ppo", _RLP),
-            _end("SPG less the control", "spg", "control", _RLP),
-            _end("UML less the control", "uml", "control", _RLP),
-        ),
-    ),
-)

@@ -35,7 +35,7 @@ Judged = Mapping[Aim, Mapping[str, Sequence[Outcome]]]  # by aim and kind of rul
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class Provenance:
     """What made the runs of a world."""
 
     world: str
@@ -61,7 +61,7 @@ def alarm_report(
     config_text: str,
     environment: Mapping[str, Any],
     markdown_page: Path | None = None,
-    made: Sequence[Made] = (),
+    made: Sequence[Provenance] = (),
 ) -> Path:
     """Write `report.html`, `table.md`, `runs.md`, `outcomes.json` and `figures/`.
 
@@ -106,7 +106,7 @@ def alarm_report(
     )
     every = run_table(judged)
     keep = Keeper(root / "figures")
-    drawn = _drawn(keep, example, judged)
+    drawn = _figures(keep, example, judged)
     configuration = configuration_details(config_text, environment)
     page = render_report(
         title=title,
@@ -138,7 +138,7 @@ def alarm_report(
         parts += ["## Results", *map(_captioned, tables)]
         parts += [f"## The world {apart}\n{_APART}", *map(_captioned, others)] if others else []
         parts += ["## Every run", _captioned(every), _captioned(own)]
-        parts += ["## What made the runs", _captioned(_made_table(made))] if made else []
+        parts += ["## What made the runs", _captioned(_provenance_table(made))] if made else []
         markdown_page.parent.mkdir(parents=True, exist_ok=True)
         write_text(markdown_page, "\n\n".join(parts) + "\n")
     write_text(root / "runs.md", markdown(every) + "\n")
@@ -419,7 +419,7 @@ def _example_title(example: Sequence[WatchedRun]) -> str:
     return f"World {example[0].world}, seed {example[0].seed}"
 
 
-def _made_table(made: Sequence[Made]) -> Table:
+def _provenance_table(made: Sequence[Provenance]) -> Table:
     rows: list[list[Cell]] = [
         [
             one.world,
@@ -447,7 +447,7 @@ def _seeds(seeds: Sequence[int]) -> str:
     return ", ".join(f"{p[0]} to {p[-1]}" if len(p) > 1 else f"{p[0]}" for p in parts)
 
 
-def _drawn(keep: Keeper, example: Sequence[WatchedRun], judged: Judged) -> list[PanelsHtml]:
+def _figures(keep: Keeper, example: Sequence[WatchedRun], judged: Judged) -> list[PanelsHtml]:
     if not example:
         return []
     run = example[0]
