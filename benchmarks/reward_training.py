@@ -12,7 +12,8 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,14 +32,13 @@ from harness import (
     peak_of,
     real_pairs,
     show,
-    timed,
     write,
 )
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from trueward import RewardModel
 from trueward.data.packing import Group, packed_size
-from trueward.train.loop import permutation
+from trueward.train.loop import Loop, permutation
 from trueward.train.reward import RewardConfig, encode_pairs, train_reward
 
 STEPS = {"1M": 2}  # of 32 pairs, in a turn; larger models take one
@@ -68,6 +68,24 @@ class Watch(TrainerCallback):
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" in logs:
             self.losses.append(float(logs["loss"]))
+
+
+@contextmanager
+def clock_of_steps() -> Iterator[list[float]]:
+    """Collect the seconds that training loops take, without what stands around them."""
+    seconds: list[float] = []
+    original = Loop.steps
+
+    def steps(self: Loop) -> Iterator[int]:
+        start = time.perf_counter()
+        yield from original(self)
+        seconds.append(time.perf_counter() - start)
+
+    Loop.steps = steps
+    try:
+        yield seconds
+    finally:
+        Loop.steps = original
 
 
 def main() -> None:
@@ -160,7 +178,7 @@ class Bench:
         return list(range(turn * self.a_turn, (turn + 1) * self.a_turn))
 
     def ours(self, turn: int) -> float:
-        """Counts tokenising, metrics and the saved model too; TRL's clock begins with training."""
+        """Both clocks run from before the first step to after the last one."""
         config = RewardConfig(
             learning_rate=RATE,
             batch_size=BATCH,
@@ -175,15 +193,11 @@ class Bench:
         rows = [self.rows[i] for i in chosen]
         reference = [r.prompt for r in rows[:2]], [r.chosen for r in rows[:2]]
         model = self.reward_model()
-        with tempfile.TemporaryDirectory() as out:
-
-            def run() -> None:
-                train_reward(model, rows, config, output_dir=out, reference=reference)
-
-            cost = timed(run, units=sum(tokens(self.groups[i]) for i in chosen) / 1000)
+        with tempfile.TemporaryDirectory() as out, clock_of_steps() as seconds:
+            train_reward(model, rows, config, output_dir=out, reference=reference)
             lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
         self.losses["trueward"] += [float(json.loads(line)["loss"]) for line in lines]
-        return cost
+        return sum(seconds) / sum(tokens(self.groups[i]) for i in chosen) * 1000
 
     def trl(self, turn: int, *, accumulated: int = 1) -> float:
         """Random batches, here in the order that ours draws; 8 pairs at once are TRL's default."""
