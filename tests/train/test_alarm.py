@@ -15,9 +15,10 @@ from trueward.models.reward_model import RewardModel
 from trueward.testing import tiny_backbone, tiny_language_model, tiny_texts, tiny_tokenizer
 from trueward.train import policy as policy_module
 from trueward.train.alarm import (
-    DEFAULT,
     MOST_SNAPSHOTS,
     SIGNALS,
+    STOP,
+    WARN,
     Alarm,
     AlarmConfig,
     Calibration,
@@ -153,8 +154,8 @@ def test_an_alarm_that_goes_on_from_its_state_is_the_same() -> None:
 
 
 def test_a_signal_that_is_not_there_is_named() -> None:
-    with pytest.raises(ValueError, match="reads the signal 'spread', which step 1 has not"):
-        Alarm(DEFAULT).update(1, {"kl": 1.0})
+    with pytest.raises(ValueError, match="reads the signal 'disagreement', which step 1 has not"):
+        Alarm(STOP).update(1, {"kl": 1.0})
 
 
 def test_a_step_with_a_signal_that_is_not_finite_is_as_if_it_had_not_been() -> None:
@@ -179,7 +180,8 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     rules.save(tmp_path / "deep" / "alarm.json")
     assert Calibration.load(tmp_path / "deep" / "alarm.json") == rules
     assert AlarmConfig(calibration=str(tmp_path / "deep" / "alarm.json")).load() == rules
-    assert AlarmConfig().load() == DEFAULT
+    assert AlarmConfig(action="warn").load() == WARN
+    assert AlarmConfig(action="stop").load() == STOP
     with pytest.raises(DataError, match="cannot be read"):
         Calibration.load(tmp_path / "none.json")
     (tmp_path / "other.json").write_text('{"weights": {"joy": 1.0}, "threshold": 1.0}')
@@ -522,7 +524,7 @@ def test_a_run_is_resumed_with_the_alarm_that_it_was_started_with(
     assert len(metrics_of(tmp_path / "run")) == 4
 
 
-def test_an_alarm_without_a_calibration_says_that_it_guesses(
+def test_an_alarm_without_a_calibration_says_whose_it_takes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def said(action: Any) -> int:
@@ -534,7 +536,7 @@ def test_an_alarm_without_a_calibration_says_that_it_guesses(
             PolicyConfig(steps=1, **SMALL),
             alarm=AlarmConfig(action=action, reference_prompts=2),
         )
-        return sum("takes a guess" in r.message for r in caplog.records)
+        return sum("small policies in a made-up world" in r.message for r in caplog.records)
 
     assert [said(action) for action in ("log", "warn", "stop")] == [0, 1, 1]
 

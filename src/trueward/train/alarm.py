@@ -111,14 +111,25 @@ class Calibration:
             raise DataError(f"{path} holds no alarm's calibration: {error}") from error
 
 
-# What an alarm uses that is given no calibration: a guess, which `trueward alarm` improves upon.
-DEFAULT = Calibration(
-    weights={"spread": 1.0, "disagreement": 1.0},
-    floors={"spread": 0.02, "disagreement": 0.03},
-    threshold=6.0,
+# What an alarm uses that is given no calibration: the rules that `trueward alarm` chose in the
+# embedded world (docs/alarm.md). Their floors and thresholds are those of its models and batches.
+_CHOSEN = "chosen on 22 runs of small policies in the embedded world, docs/alarm.md"
+WARN = Calibration(
+    weights={"outlyingness": 1.0, "logprob": -1.0},
+    floors={"outlyingness": 0.016593, "logprob": 0.018556},
+    unit="differences",
+    threshold=9.067,
     patience=2,
-    rewind=0.75,
-    note="a guess from one seed of the embedded world, not calibrated",
+    note=_CHOSEN,
+)
+STOP = Calibration(
+    weights={"disagreement": 1.0, "kl": 1.0},
+    floors={"disagreement": 0.020157, "kl": 0.12973},
+    unit="floor",
+    threshold=1107.0,
+    slack=1.0,
+    rewind=0.5,
+    note=_CHOSEN,
 )
 
 
@@ -129,7 +140,7 @@ class AlarmConfig:
     # log: signals and score are logged, nothing else. warn: one line when the alarm is raised.
     # stop: the run ends there, with the policy that `Calibration.rewind` goes back to.
     action: Literal["off", "log", "warn", "stop"] = "off"
-    calibration: str = ""  # JSON that `trueward alarm` wrote; empty: the one that ships
+    calibration: str = ""  # JSON that `trueward alarm` wrote; empty: `WARN` or `STOP`
     reference_prompts: int = 128  # answered by the reference policy: what its states look like
     # Steps between the snapshots that a stopped run goes back to; more where they would be more
     # than `MOST_SNAPSHOTS`.
@@ -141,8 +152,10 @@ class AlarmConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
     def load(self) -> Calibration:
-        """Return the calibration that it names."""
-        return Calibration.load(self.calibration) if self.calibration else DEFAULT
+        """Return the calibration that it names, or the one that ships for what it does."""
+        if self.calibration:
+            return Calibration.load(self.calibration)
+        return STOP if self.action == "stop" else WARN
 
 
 # ---- the statistic -----------------------------------------------------------------------------
@@ -365,8 +378,9 @@ class Guard:
         self._told_of: set[str] = set()  # signals that were not finite
         if self.alarm is not None and not config.calibration:
             logger.warning(
-                "The alarm has no calibration and takes a guess in the units of another batch and "
-                "another reward: calibrate it on runs of your own (`trueward alarm`)."
+                "The alarm has no calibration of its own and takes one of small policies in a "
+                "made-up world, in the units of their batches and rewards: calibrate it on runs of "
+                "your own (`trueward alarm`)."
             )
 
     @property
