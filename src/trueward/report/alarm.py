@@ -84,64 +84,37 @@ def alarm_report(
         The report's path.
     """
     root = Path(folder)
-    inside, outside = (
-        _of_worlds(judged, apart, inside=True),
-        _of_worlds(judged, apart, inside=False),
-    )
-    unseen = "on runs that no rule was calibrated on."
-    tables = [
-        rules_table(inside, [r for r in runs if r.world != apart], caption=f"Every rule, {unseen}"),
-        when_table(inside["warn"][ALARM], caption=f"When the alarm warns, {unseen}"),
-        gold_table(inside["stop"], caption=f"Gold where each rule stops, {unseen}"),
-    ]
-    others = []
-    if outside["warn"][ALARM]:
-        others = [
-            rules_table(outside, [], caption=f"Every rule in the world {apart}."),
-            when_table(outside["warn"][ALARM], caption=f"When the alarm warns in {apart}."),
-            gold_table(outside["stop"], caption=f"Gold where each rule stops in {apart}."),
-        ]
-    own = rules_table(
-        _of_worlds(calibration, apart, inside=True), [], caption="Every rule on its own runs."
-    )
-    every = run_table(judged)
-    keep = Keeper(root / "figures")
-    drawn = _figures(keep, example, judged)
+    tables = _tables(runs, judged, calibration, apart)
+    lead = _lead(_of_worlds(judged, apart, inside=True))
+    alarms = _alarms(rules, calibration, max_false_alarms)
     configuration = configuration_details(config_text, environment)
+    drawn = _figures(Keeper(root / "figures"), example, judged)
+    elsewhere = Section(title=f"The world {apart}", text=_APART, tables=tables.apart)
+    rows = f"The table of all {len(tables.every.rows)} runs"
     page = render_report(
         title=title,
-        lead=_lead(inside),
+        lead=lead,
         sections=[
-            Section(title="The alarm", text=_alarms(rules, calibration, max_false_alarms)),
-            Section(title="Results", tables=tables, figures=drawn),
-            *([Section(title=f"The world {apart}", text=_APART, tables=others)] if others else []),
+            Section(title="The alarm", text=alarms),
+            Section(title="Results", tables=tables.results, figures=drawn),
+            *([elsewhere] if tables.apart else []),
             Section(
                 title="Every run",
                 details=[
-                    Details(summary=f"The table of all {len(every.rows)} runs", table=every),
-                    Details(summary="The runs of the calibration", table=own),
+                    Details(summary=rows, table=tables.every),
+                    Details(summary="The runs of the calibration", table=tables.own),
                 ],
             ),
             *([Section(title="Configuration", details=configuration)] if configuration else []),
         ],
         footer=versions_line(environment),
     )
-    texts = [*map(markdown, tables), *([_APART] if others else []), *map(markdown, others)]
+    target = root / "report.html"
+    write_text(target, page)
+    texts = [*map(markdown, tables.results), *([_APART] if tables.apart else [])]
+    texts += map(markdown, tables.apart)
     write_text(root / "table.md", "\n\n".join(texts) + "\n")
-    if markdown_page is not None:
-        parts = [f"# {title}", _lead(inside), _alarms(rules, calibration, max_false_alarms)]
-        if example:
-            drawing = example_figure(example, judged, title=_example_title(example))
-            image = save_figure(settle_layout(drawing), markdown_page.parent / "figures" / "alarm")
-            image[1].unlink()  # the PDF: of no use beside a page in Markdown
-            parts.append(f"![Gold, its peak and the alarm](figures/alarm.png)\n\n{_MARKS}")
-        parts += ["## Results", *map(_captioned, tables)]
-        parts += [f"## The world {apart}\n{_APART}", *map(_captioned, others)] if others else []
-        parts += ["## Every run", _captioned(every), _captioned(own)]
-        parts += ["## What made the runs", _captioned(_provenance_table(made))] if made else []
-        markdown_page.parent.mkdir(parents=True, exist_ok=True)
-        write_text(markdown_page, "\n\n".join(parts) + "\n")
-    write_text(root / "runs.md", markdown(every) + "\n")
+    write_text(root / "runs.md", markdown(tables.every) + "\n")
     plain = {
         "rules": {
             world: {aim: {k: asdict(f) for k, f in found.items()} for aim, found in some.items()}
@@ -151,9 +124,61 @@ def alarm_report(
         "calibration": _plain(calibration),
     }
     write_text(root / "outcomes.json", json.dumps(plain, indent=1))
-    target = root / "report.html"
-    write_text(target, page)
+    if markdown_page is not None:
+        parts = [f"# {title}", lead, alarms]
+        if example:
+            parts.append(_drawn_beside(markdown_page, example, judged))
+        parts += ["## Results", *map(_captioned, tables.results)]
+        if tables.apart:
+            parts += [f"## The world {apart}\n{_APART}", *map(_captioned, tables.apart)]
+        parts += ["## Every run", _captioned(tables.every), _captioned(tables.own)]
+        parts += ["## What made the runs", _captioned(_provenance_table(made))] if made else []
+        markdown_page.parent.mkdir(parents=True, exist_ok=True)
+        write_text(markdown_page, "\n\n".join(parts) + "\n")
     return target
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tables:
+    """All tables of a report; those of the world apart are none where it is not there."""
+
+    results: list[Table]
+    apart: list[Table]
+    every: Table  # run
+    own: Table  # of the rules on the runs that they were calibrated on
+
+
+def _tables(runs: Sequence[WatchedRun], judged: Judged, calibration: Judged, apart: str) -> _Tables:
+    inside = _of_worlds(judged, apart, inside=True)
+    outside = _of_worlds(judged, apart, inside=False)
+    own = _of_worlds(calibration, apart, inside=True)
+    together = [r for r in runs if r.world != apart]
+    unseen = "on runs that no rule was calibrated on."
+    others = []
+    if outside["warn"][ALARM]:
+        others = [
+            rules_table(outside, [], caption=f"Every rule in the world {apart}."),
+            when_table(outside["warn"][ALARM], caption=f"When the alarm warns in {apart}."),
+            gold_table(outside["stop"], caption=f"Gold where each rule stops in {apart}."),
+        ]
+    return _Tables(
+        results=[
+            rules_table(inside, together, caption=f"Every rule, {unseen}"),
+            when_table(inside["warn"][ALARM], caption=f"When the alarm warns, {unseen}"),
+            gold_table(inside["stop"], caption=f"Gold where each rule stops, {unseen}"),
+        ],
+        apart=others,
+        every=run_table(judged),
+        own=rules_table(own, [], caption="Every rule on its own runs."),
+    )
+
+
+def _drawn_beside(page: Path, example: Sequence[WatchedRun], judged: Judged) -> str:
+    """Draw the example into `figures` beside a page in Markdown; return what shows it there."""
+    drawing = example_figure(example, judged, title=_example_title(example))
+    _, pdf = save_figure(settle_layout(drawing), page.parent / "figures" / "alarm")
+    pdf.unlink()  # of no use there
+    return f"![Gold, its peak and the alarm](figures/alarm.png)\n\n{_MARKS}"
 
 
 _APART = (
