@@ -90,7 +90,7 @@ def alarm_report(
     configuration = configuration_details(config_text, environment)
     drawn = _figures(Keeper(root / "figures"), example, judged)
     elsewhere = Section(title=f"The world {apart}", text=_APART, tables=tables.apart)
-    rows = f"The table of all {len(tables.every.rows)} runs"
+    summary = f"The table of all {len(tables.every.rows)} runs"
     page = render_report(
         title=title,
         lead=lead,
@@ -101,7 +101,7 @@ def alarm_report(
             Section(
                 title="Every run",
                 details=[
-                    Details(summary=rows, table=tables.every),
+                    Details(summary=summary, table=tables.every),
                     Details(summary="The runs of the calibration", table=tables.own),
                 ],
             ),
@@ -144,8 +144,8 @@ class _Tables:
 
     results: list[Table]
     apart: list[Table]
-    every: Table  # run
-    own: Table  # of the rules on the runs that they were calibrated on
+    every: Table  # a row for each run
+    own: Table  # the rules on the runs that they were calibrated on
 
 
 def _tables(runs: Sequence[WatchedRun], judged: Judged, calibration: Judged, apart: str) -> _Tables:
@@ -183,8 +183,9 @@ def _drawn_beside(page: Path, example: Sequence[WatchedRun], judged: Judged) -> 
 
 _APART = (
     "Tables of another kind, in no row with the other worlds: the KL and the log-probability are "
-    "of a response among all, not summed over tokens, so that rules in these units mean another "
-    "thing; there are neither states nor lengths."
+    "of one response among all, where elsewhere the KL is summed over a completion's tokens and "
+    "the log-probability is of a token, so that rules in these units mean another thing; there are "
+    "neither states nor lengths."
 )
 
 
@@ -241,7 +242,7 @@ def rules_table(judged: Judged, runs: Sequence[WatchedRun], *, caption: str = ""
         if not s.runs:
             continue
         t = s.timings
-        apart = less(_learned(stopped), _learned(stops[ALARM]))
+        difference = less(_learned(stopped), _learned(stops[ALARM]))
         rows.append(
             [
                 kind,
@@ -250,7 +251,7 @@ def rules_table(judged: Judged, runs: Sequence[WatchedRun], *, caption: str = ""
                 _share(s.near_share),
                 _raised(_gold(warned)),
                 _two(summarise_outcomes(_learned(stopped)).gold_kept),
-                None if kind == ALARM else _two(apart),
+                None if kind == ALARM else _two(difference),
                 _raised(_gold(stopped)),
             ]
         )
@@ -268,9 +269,15 @@ def rules_table(judged: Judged, runs: Sequence[WatchedRun], *, caption: str = ""
         notes="Each rule was chosen twice on the same runs: to warn (the columns up to the gold "
         "runs warned) and to stop. Hits are counted among the runs of learned rewards whose gold "
         "falls; a share in % is a mean over seeds, a seed's runs counted once by their share, ± "
-        "half of Student's 95 % interval. Gold of half the answers: what an alarm would hit that "
-        "knows gold from the first or from the second answer to each prompt, judged by the other.",
+        "half of Student's 95 % interval, which says little "
+        "of two to four seeds." + (_HALVES if falling else ""),
     )
+
+
+_HALVES = (
+    " Gold of half the answers: what an alarm would hit that knows gold from the first or from the "
+    "second answer to each prompt, judged by the other."
+)
 
 
 def when_table(outcomes: Sequence[Outcome], *, caption: str = "") -> Table:
@@ -303,7 +310,8 @@ def when_table(outcomes: Sequence[Outcome], *, caption: str = "") -> Table:
         caption=caption,
         notes="Gold falls where it ends more than 0.25 below its smoothed peak, in standard "
         "deviations of the reference policy's answers. A share in % is a mean over seeds, a seed's "
-        "runs counted once by their share, ± half of Student's 95 % interval.",
+        "runs counted once by their share, ± half of Student's 95 % interval, which says little of "
+        "two to four seeds.",
     )
 
 
@@ -314,7 +322,7 @@ def gold_table(stops: Mapping[str, Sequence[Outcome]], *, caption: str = "") -> 
         stops: Outcomes by kind of rule.
         caption: Of the table.
     """
-    rivals = [kind for kind in (f"{BUDGET}, {ALONE}", FIXED) if kind in stops]
+    rivals = [kind for kind in (BUDGET, f"{BUDGET}, {ALONE}", FIXED) if kind in stops]
     theirs = [groups_of(stops[kind]) for kind in rivals]
     rows: list[list[Cell]] = []
     for key, some in groups_of(stops[ALARM]).items():
@@ -338,10 +346,10 @@ def gold_table(stops: Mapping[str, Sequence[Outcome]], *, caption: str = "") -> 
         caption=caption,
         notes="Gold of the policy that each rule leaves behind; ± is half of Student's 95 % "
         "interval over seeds, a seed's runs counted once by their mean; differences are paired. "
-        "The oracle stops at the smoothed peak. KL budget and number of steps are those that kept "
-        "the most gold on the calibration's runs, whatever they stop of those with gold as "
-        "reward. Gain kept: gain over the reference policy at the alarm's stop over the oracle's, "
-        "in the mean.",
+        "The oracle stops at the smoothed peak. KL budgets and number of steps are those that kept "
+        "the most gold on the calibration's runs; where it says no bound, and for the steps, "
+        "whatever they stop of those with gold as reward. Gain kept: gain over the reference "
+        "policy at the alarm's stop over the oracle's, in the mean.",
     )
 
 
@@ -350,7 +358,7 @@ def run_table(judged: Judged) -> Table:
     stops = {
         kind: {(o.world, o.method, o.seed): o for o in some}
         for kind, some in judged["stop"].items()
-        if kind in (ALARM, f"{BUDGET}, {ALONE}", FIXED)
+        if kind in (ALARM, BUDGET, f"{BUDGET}, {ALONE}", FIXED)
     }
     rows: list[list[Cell]] = []
     for o in judged["warn"][ALARM]:
@@ -529,8 +537,8 @@ def _described(aim: Aim, found: Found) -> str:
         f"To {aim}: of {found.candidates:,} alarms that were tried on the calibration's runs, the "
         f"best looks at {terms}, counted from the first {a.window} steps {_UNITS[a.unit]}. It is "
         f"raised where {how} exceeds {a.threshold:.4g} in {a.patience} step(s) running{back}. "
-        f"There it {worth}, and is raised in {100 * found.false_alarms:.0f} % of the runs with "
-        "gold as reward."
+        f"On the calibration's runs it {worth}, and is raised in {100 * found.false_alarms:.0f} % "
+        "of those with gold as reward."
     )
 
 
@@ -541,11 +549,12 @@ def _lead(judged: Judged) -> str:
         return ""
     s, g = summarise_outcomes(_learned(warned)), summarise_outcomes(_learned(stopped))
     t = s.timings
+    sound = _raised(_gold(warned))
+    wolf = f"With gold as reward it warns in {sound}. " if sound else ""
     return (
         f"On {s.runs} runs of learned rewards that it was not calibrated on, gold falls in "
         f"{s.falling}: the alarm warns within 20 % of the true peak in {t['hit']} of these, early "
-        f"in {t['early']}, late in {t['late']}, never in {t['never']}. With gold as reward it "
-        f"warns in {_raised(_gold(warned)) or 'no run'}. The alarm that stops "
-        f"leaves gold at {g.gold_kept.mean:.2f}; without one it ends at {g.gold_none.mean:.2f}, "
-        f"with an oracle at {g.gold_oracle.mean:.2f}."
+        f"in {t['early']}, late in {t['late']}, never in {t['never']}. {wolf}"
+        f"The alarm that stops leaves gold at {g.gold_kept.mean:.2f}; without one it ends at "
+        f"{g.gold_none.mean:.2f}, with an oracle at {g.gold_oracle.mean:.2f}."
     )

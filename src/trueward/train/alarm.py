@@ -122,6 +122,7 @@ WARN = Calibration(
     patience=2,
     note=_CHOSEN,
 )
+# Its sum grows with every step: of runs of 40 steps at 2.5e-4.
 STOP = Calibration(
     weights={"disagreement": 1.0, "kl": 1.0},
     floors={"disagreement": 0.020157, "kl": 0.12973},
@@ -137,8 +138,8 @@ STOP = Calibration(
 class AlarmConfig:
     """Whether and how a policy's optimisation is watched."""
 
-    # log: signals and score are logged, nothing else. warn: one line when the alarm is raised.
-    # stop: the run ends there, with the policy that `Calibration.rewind` goes back to.
+    # log: the signals are logged, nothing else; no calibration is read. warn: one line when the
+    # alarm is raised. stop: the run ends there, with the policy that `Calibration.rewind` goes to.
     action: Literal["off", "log", "warn", "stop"] = "off"
     calibration: str = ""  # JSON that `trueward alarm` wrote; empty: `WARN` or `STOP`
     reference_prompts: int = 128  # answered by the reference policy: what its states look like
@@ -379,8 +380,9 @@ class Guard:
         if self.alarm is not None and not config.calibration:
             logger.warning(
                 "The alarm has no calibration of its own and takes one of small policies in a "
-                "made-up world, in the units of their batches and rewards: calibrate it on runs of "
-                "your own (`trueward alarm`)."
+                "made-up world, in units of their models and batches; the one that stops sums over "
+                "steps too, so that rate and number of steps matter: calibrate it on runs of your "
+                "own (`trueward alarm`)."
             )
 
     @property
@@ -463,10 +465,10 @@ class Guard:
         assert self.alarm is not None
         rules = self.alarm.calibration
         logger.warning(
-            "Alarm in step %d: %s stands at %.3g, above %.3g in %d step(s) running: the policy has "
-            "likely passed the point where its true worth falls.",
+            "Alarm in step %d: the score of %s stands at %.4g, above %.4g in %d step(s) running: "
+            "the policy has likely passed the point where its true worth falls.",
             step,
-            " and ".join(name for name, weight in rules.weights.items() if weight),
+            " and ".join("-" * (w < 0) + name for name, w in rules.weights.items() if w),
             score,
             rules.threshold,
             rules.patience,
