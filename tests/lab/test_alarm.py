@@ -200,7 +200,7 @@ def test_the_exact_world_is_in_no_row_with_others(stored: Path, tmp_path: Path) 
     inside, outside = (tmp_path / "study" / "table.md").read_text().split("Tables of another kind")
     assert inside.strip() == (tmp_path / "alone" / "table.md").read_text().strip()
     assert "| exact | single | 1 |" in outside
-    assert "KL and the log-probability are of a response among all" in outside
+    assert "KL and the log-probability are of one response among all" in outside
     assert "all embedded worlds" not in outside
     assert "half the answers" not in outside
 
