@@ -112,6 +112,8 @@ def write_page(folder: Path) -> None:
     turns = " or ".join(map(str, sorted({len(row.seconds) for row in rows})))
     missed = [row for row in held if not reached(row)]
     absent = [part for part in PARTS if part not in found]
+    # A part that was broken off says in its file what it lacks.
+    absent += [f"{p} ({part['left_out']})" for p, part in found.items() if part.get("left_out")]
     lines = [
         "# Performance",
         "",
