@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from trueward.console import main_console
 from trueward.data.formats import DataError, Loaded
 from trueward.data.functions import is_python_function, python_function
 from trueward.models.reward_function import Reward, load_reward_models
-from trueward.train.processes import main_console
 from trueward.train.run_folder import RunFolder, finished_summary
 
 console = main_console()

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Group
 from rich.live import Live
 
+from trueward.console import main_console
 from trueward.data.rows import text_of
 from trueward.data.sources import DataError
 from trueward.evaluate.comparison import (
@@ -37,7 +38,6 @@ from trueward.lab.processes import Outcome, State, Task, only_one, run_tasks
 from trueward.report.comparison import comparison_report, rich_comparison_table
 from trueward.report.html import Completion, SampleRow
 from trueward.report.numbers import format_number
-from trueward.train.processes import main_console
 from trueward.train.run_folder import RunFolder, environment, to_plain, write_text
 
 logger = logging.getLogger(__name__)

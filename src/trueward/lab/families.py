@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from trueward.console import main_console
 from trueward.data.formats import (
     DataError,
     DemonstrationRow,
@@ -51,7 +52,6 @@ from trueward.train.families import (
     train_family,
 )
 from trueward.train.loop import permutation
-from trueward.train.processes import main_console
 from trueward.train.reward import RewardConfig, encode_pairs, own_completions
 from trueward.train.run_folder import (
     RunFolder,

@@ -26,8 +26,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from trueward.console import main_console
 from trueward.data.sources import DataError
-from trueward.train.processes import main_console
 
 logger = logging.getLogger(__name__)
 console = main_console()

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trueward import objectives
+from trueward.console import main_console
 from trueward.data.formats import load_preferences
 from trueward.data.rows import Completion, PreferenceRow, Prompt, prompt_key, text_of
 from trueward.data.sources import (
@@ -61,7 +62,6 @@ from trueward.refine.spg import SPGConfig
 from trueward.report.refinements import RefinementRuns, refinements_report
 from trueward.train.families import FamilyConfig, load_family, train_family
 from trueward.train.loop import permutation, seed_of
-from trueward.train.processes import main_console
 from trueward.train.reward import RewardConfig
 from trueward.train.run_folder import (
     RunFolder,

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from trueward import objectives
+from trueward.console import is_main_process
 from trueward.data.formats import Prompt, PromptRow
 from trueward.data.packing import (
     Group,
@@ -52,7 +53,6 @@ from trueward.posterior import RewardPosterior
 from trueward.sampling import Sample, SamplingConfig, sample
 from trueward.train.alarm import AlarmConfig, Guard, Snapshots
 from trueward.train.loop import Loop, LoopConfig, permutation, seed_of
-from trueward.train.processes import is_main_process
 from trueward.train.signals import Monitor, Seen
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ from itertools import groupby
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -29,26 +28,6 @@ from trueward.models.reward_model import RewardModel
 def process_count() -> int:
     """Return how many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Tell whether this is the process that writes and prints: the first one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def main_console() -> Console:
-    """Return a console on standard error that only the first process prints to.
-
-    Where that is no terminal, nothing reads it but files and people who search them: a line is
-    then not broken at 80 characters, which would cut paths in two.
-    """
-    console = Console(stderr=True, quiet=not is_main_process())
-    if not console.is_terminal:
-        console.width = _WIDE
-    return console
-
-
-_WIDE = 1_000
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], *, bucket_numel: int = 2**25) -> None:

@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trueward.console import is_main_process
 from trueward.data.formats import DataError
-from trueward.train.processes import is_main_process
 
 # Where a run is written, how much it says, and where its weights lie do not change its numbers.
 _FREE_FIELDS = {"output_dir", "log_every", "checkpoint_every", "tracker", "progress", "sharding"}

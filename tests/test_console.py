@@ -1,8 +1,8 @@
-"""What the first process prints; training over processes is tested in `test_scale`."""
+"""What the first process prints, and that lines which go to a file are whole."""
 
 import pytest
 
-from trueward.train.processes import main_console
+from trueward.console import main_console
 
 
 def test_a_line_that_goes_to_a_file_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
